@@ -1,0 +1,385 @@
+"""From configuration to objects: the builders that both scripts use, and the hooks that users edit.
+
+Everything here is called in the training process, which `expert_iteration/run.py` starts, or in an actor it creates.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.queue import Empty, Full
+from tensordict import TensorDictBase
+from torch import nn
+from torchrl.data import LazyStackStorage, RayReplayBuffer, SamplerWithoutReplacement
+from torchrl.envs.llm import DatasetChatEnv
+
+from expert_iteration.collector import CollectorClient, ExpertCollector
+from expert_iteration.config import Config
+from expert_iteration.devices import DeviceAllocation, compute_device_allocation
+from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
+from expert_iteration.environment import make_task_env
+from expert_iteration.evaluation import Evaluator, probe_sequences
+from expert_iteration.learner import Learner, StepResult, make_optimizer
+from expert_iteration.loss import SFTLoss
+from expert_iteration.metrics import Metrics
+from expert_iteration.models import end_of_turn_id, load_model, load_tokenizer, model_path, pad_id, thread_environment
+from expert_iteration.policy import EnginePolicy
+from expert_iteration.reference import RetrieveLogProb
+from expert_iteration.replay_buffer import ExpertReplayBuffer
+from expert_iteration.schedule import create_cosine_scheduler_with_warmup, make_scheduler
+from expert_iteration.scorer import ReferenceActor, ReferenceClient
+from expert_iteration.screen import redirect_output
+from expert_iteration.seeds import derive_seed
+from expert_iteration.selection import TopKRewardSelector
+from expert_iteration.sizes import derive_sizes
+from expert_iteration.tasks import Task, load_task
+from expert_iteration.weight_update import WeightUpdater
+
+__all__ = [
+    "RemoteDataLogger",
+    "compute_device_allocation",
+    "create_cosine_scheduler_with_warmup",
+    "get_hf_model",
+    "get_inference_model",
+    "get_ref_model",
+    "get_tokenizer",
+    "get_train_model",
+    "log_training_metrics",
+    "make_collector",
+    "make_env",
+    "make_evaluator",
+    "make_learner",
+    "make_replay_buffer",
+    "make_weight_updater",
+]
+
+
+class RemoteDataLogger:
+    """Post-processing hook of the collector: sums up every batch and sends the record to the training process.
+
+    Edit `log_data` to add metrics of what is collected. Records travel through a Ray queue, so that one process writes
+    all metrics; when nobody empties the queue the oldest records make room, and `collector/dropped_records` counts them.
+
+    Args:
+        log_queue: a `ray.util.queue.Queue` of bounded size.
+    """
+
+    def __init__(self, log_queue: Any) -> None:
+        self.log_queue = log_queue
+        self._dropped_records = 0
+        self._last_time: float | None = None
+
+    def __call__(self, data: TensorDictBase) -> TensorDictBase:
+        """Log a batch and hand it on unchanged."""
+        self.log_data(data)
+        return data
+
+    def log_data(self, data: TensorDictBase) -> None:
+        """Send one record for a batch of responses: rewards, lengths in tokens, versions, seconds between batches."""
+        rows = data.unbind(0)
+        now = time.monotonic()
+        elapsed = 0.0 if self._last_time is None else now - self._last_time
+        self._last_time = now
+        rewards = torch.cat([row["next", "reward"].flatten() for row in rows])
+        lengths = torch.tensor([float(len(row["tokens", "response"])) for row in rows])
+        versions = torch.stack([row["policy_version"] for row in rows]).float()
+        truncated = [row["finish_reason"] == "length" for row in rows]
+        self.send(
+            _describe("collector/rewards", rewards)
+            | _describe("collector/response_length", lengths)
+            | {
+                "collector/policy_version/mean": versions.mean().item(),
+                "collector/policy_version/min": versions.min().item(),
+                "collector/policy_version/max": versions.max().item(),
+                "collector/truncation_rate": sum(truncated) / len(truncated),
+                "collector/response_tokens": lengths.sum().item(),
+                "collector/time/elapsed": elapsed,
+            }
+        )
+
+    def send(self, record: dict[str, float]) -> None:
+        """Queue a record without ever waiting for room."""
+        record["collector/dropped_records"] = float(self._dropped_records)
+        while True:
+            try:
+                self.log_queue.put_nowait(record)
+                return
+            except Full:
+                self._drop_oldest()
+                record["collector/dropped_records"] = float(self._dropped_records)
+
+    def _drop_oldest(self) -> None:
+        try:
+            self.log_queue.get_nowait()
+            self._dropped_records += 1
+        except Empty:
+            pass  # the training process was quicker: there is room now
+
+
+def log_training_metrics(
+    metrics: Metrics,
+    result: StepResult,
+    batch: TensorDictBase,
+    learner: Learner,
+    replay_buffer: Any,
+    policy_version: int,
+) -> None:
+    """Hand one gradient step's figures to the metrics: loss terms, counters, versions and ages, the buffer.
+
+    Args:
+        metrics: writes their mean every `train.logging_frequency` gradient steps.
+        result: what `learner.step` returned.
+        batch: the micro-batch of the step.
+        learner: for its counters.
+        replay_buffer: asked for its statistics, a few numbers.
+        policy_version: of the weights last pushed. A response's age is that minus the version that made it.
+    """
+    versions = torch.stack([row["policy_version"] for row in batch.unbind(0)]).float()
+    ages = policy_version - versions
+    buffer = replay_buffer.statistics()
+    writes = max(1.0, buffer["buffer/write_count"])
+    metrics.training(
+        result,
+        optim_step=learner.optimizer_steps,
+        data_read_count=learner.responses_trained,
+        policy_version=versions.mean().item(),
+        policy_age=ages.mean().item(),
+        max_policy_age=ages.max().item(),
+        steps_per_second=learner.gradient_steps / learner.seconds,
+        gradient_steps_per_write=learner.gradient_steps / writes,
+        optim_steps_per_write=learner.optimizer_steps / writes,
+        **buffer,
+    )
+
+
+def get_tokenizer(cfg: Config) -> Any:
+    """The tokenizer of the start model, with its chat template."""
+    return load_tokenizer(model_path(cfg))
+
+
+def get_hf_model(cfg: Config, *, dtype: str, attn_implementation: str, device: str) -> Any:
+    """The start model as a Hugging Face model, in evaluation mode."""
+    return load_model(model_path(cfg), dtype=dtype, attn_implementation=attn_implementation, device=device)
+
+
+def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
+    """The policy to be trained: float32 master weights, on the first training device."""
+    devices = allocation["train_model_devices"]
+    model = get_hf_model(
+        cfg,
+        # Updates of a usual size vanish in half precision; autocast lowers the forward pass only.
+        dtype="float32",
+        attn_implementation=cfg.train_model.attn_implementation,
+        device=f"cuda:{devices[0]}" if devices else "cpu",
+    )
+    if cfg.train_model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def get_inference_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocation, log_dir: Path) -> EngineClient:
+    """Start vLLM with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
+    engine = ray.remote(
+        num_cpus=0,
+        num_gpus=len(allocation["inference_model_devices"]),
+        concurrency_groups=CONCURRENCY_GROUPS,
+        runtime_env={"env_vars": thread_environment(cfg.inference_model.num_threads)},
+    )(VLLMEngine)
+    actor = engine.remote(
+        model_path(cfg),
+        cfg.inference_model,
+        stop_token_ids=[end_of_turn_id(tokenizer)],
+        seed=derive_seed(cfg.seed, "engine"),
+        log_path=str(log_dir / "engine.log"),
+    )
+    return EngineClient(actor)
+
+
+def get_ref_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocation, log_dir: Path) -> ReferenceClient:
+    """Start the frozen start model in an actor of its own; returns at once."""
+    devices = allocation["ref_model_devices"]
+    actor = (
+        ray.remote(ReferenceActor)
+        .options(
+            num_cpus=0,
+            num_gpus=len(devices),
+            runtime_env={"env_vars": thread_environment(cfg.ref_model.num_threads)},
+        )
+        .remote(
+            model_path(cfg),
+            dtype=cfg.ref_model.torch_dtype.value,
+            attn_implementation=cfg.ref_model.attn_implementation,
+            device="cuda" if devices else "cpu",
+            pad_token_id=pad_id(tokenizer),
+            micro_batch_size=cfg.env.num_envs,
+            log_path=str(log_dir / "reference.log"),
+        )
+    )
+    return ReferenceClient(actor)
+
+
+def make_env(cfg: Config, task: Task, tokenizer: Any) -> DatasetChatEnv:
+    """The chat environment of the task; edit it to add transforms of your own."""
+    return make_task_env(
+        task,
+        tokenizer,
+        num_envs=derive_sizes(cfg).num_envs,
+        repeats=cfg.env.repeats,
+        seed=derive_seed(cfg.seed, "data"),
+    )
+
+
+def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
+    """The buffer's actor; `.client()` of it is what collector and trainer hold."""
+    capacity = derive_sizes(cfg).buffer_size
+    return RayReplayBuffer(
+        replay_buffer_cls=ExpertReplayBuffer,
+        remote_config={"num_cpus": 0, "num_gpus": 0, **_given(cfg.ray.replay_buffer_config)},
+        storage=partial(LazyStackStorage, capacity),
+        sampler=SamplerWithoutReplacement,
+        batch_size=cfg.train.optim_batch_size,
+        capacity=capacity,
+        seed=derive_seed(cfg.seed, "buffer"),
+    )
+
+
+def make_collector(
+    cfg: Config, engine: EngineClient, reference: ReferenceClient, replay_buffer: Any, log_queue: Any, log_dir: Path
+) -> CollectorClient:
+    """Start the collector's actor; returns what the trainer iterates over."""
+    actor = (
+        ray.remote(_CollectorActor)
+        .options(**{"num_cpus": 0, **_given(cfg.ray.collector_config)})
+        .remote(cfg, engine, reference, replay_buffer, log_queue, str(log_dir / "collector.log"))
+    )
+    # With sync_iter=false the engine generates the next batch while the learner trains on this one.
+    return CollectorClient(actor, derive_sizes(cfg).num_batches, overlap=cfg.train.sync_iter is False)
+
+
+class _CollectorActor(ExpertCollector):
+    """Builds the collector's parts in its own process: environments and selectors do not travel."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        engine: EngineClient,
+        reference: ReferenceClient,
+        replay_buffer: Any,
+        log_queue: Any,
+        log_path: str,
+    ) -> None:
+        redirect_output(log_path)
+        tokenizer = get_tokenizer(cfg)
+        sizes = derive_sizes(cfg)
+        data_logger = RemoteDataLogger(log_queue)
+        inference = cfg.inference_model
+        super().__init__(
+            make_env=partial(make_env, cfg, load_task(cfg), tokenizer),
+            policy=EnginePolicy(
+                engine,
+                tokenizer,
+                Sampling(max_tokens=inference.max_tokens, temperature=inference.temperature, top_p=inference.top_p),
+                seed=cfg.seed,
+                keep_stop_token=inference.include_stop_str_in_output,
+            ),
+            selector=TopKRewardSelector(
+                cfg.env.repeats,
+                cfg.train.topk_size,
+                group_key="group_id",
+                selection=cfg.train.selection.value,
+                seed=derive_seed(cfg.seed, "selection"),
+            ),
+            retrieve_log_prob=RetrieveLogProb(reference.score),
+            replay_buffer=replay_buffer,
+            postproc=data_logger,
+            log_record=data_logger.send,
+            dialog_turns_per_batch=sizes.turns_per_batch,
+            num_batches=sizes.num_batches,
+            num_sample_groups=cfg.logging.num_samples,
+        )
+
+
+def make_learner(cfg: Config, policy_training: nn.Module, tokenizer: Any) -> Learner:
+    """Loss, optimizer, schedule, and what turns micro-batches into optimizer steps."""
+    loss_fn = SFTLoss(
+        actor_network=policy_training,
+        tokenizer=tokenizer,
+        kl_to_ref_coeff=cfg.train.kl_to_ref_coeff,
+        loss_function=cfg.train.loss_function.value,
+        beta=cfg.train.minor_sft_beta,
+    )
+    optimizer = make_optimizer(policy_training, cfg.optimizer)
+    return Learner(
+        policy_training,
+        loss_fn,
+        optimizer,
+        make_scheduler(optimizer, cfg.optimizer.scheduler, derive_sizes(cfg).max_optimizer_steps),
+        gradient_accumulation_steps=cfg.train.gradient_accumulation_steps,
+        clip_grad_norm=cfg.optimizer.clip_grad_norm,
+        autocast_dtype=autocast_dtype(cfg),
+        max_bad_steps=cfg.train.max_bad_steps,
+        eval_mode=cfg.train_model.eval,
+    )
+
+
+def make_weight_updater(
+    cfg: Config, engine: EngineClient, task: Task, tokenizer: Any, directory: Path
+) -> WeightUpdater:
+    """What pushes the policy's weights to the engine: `push_weights(policy_training)`.
+
+    Args:
+        cfg: the `weight_update` section and the dtypes.
+        engine: the engine's client.
+        task: its held-out problems make the probe.
+        tokenizer: of the model.
+        directory: for weights in flight.
+    """
+    return WeightUpdater(
+        engine,
+        probe=probe_sequences(tokenizer, task.heldout, task.system_prompt),
+        directory=directory,
+        wire_dtype=getattr(torch, cfg.inference_model.torch_dtype.value),
+        autocast_dtype=autocast_dtype(cfg),
+        probe_frequency=cfg.weight_update.probe_frequency,
+        tolerance=cfg.weight_update.probe_tolerance,
+        timeout=cfg.weight_update.timeout,
+    )
+
+
+def make_evaluator(cfg: Config, engine: EngineClient, task: Task, tokenizer: Any, metrics: Metrics) -> Evaluator:
+    """Evaluation of the engine's policy on held-out prompts."""
+    sampled = Sampling(
+        max_tokens=cfg.inference_model.max_tokens,
+        temperature=cfg.eval.temperature,
+        top_p=cfg.inference_model.top_p,
+        num_samples=cfg.eval.num_samples,
+    )
+    return Evaluator(
+        engine, tokenizer, task, sampled, seed=cfg.seed, metrics=metrics, num_report=cfg.logging.num_samples
+    )
+
+
+def autocast_dtype(cfg: Config) -> torch.dtype | None:
+    """In which the policy's forward pass computes, None without mixed precision."""
+    dtype = getattr(torch, cfg.train_model.torch_dtype.value)
+    return dtype if cfg.train.mixed_precision and dtype is not torch.float32 else None
+
+
+def _describe(name: str, values: torch.Tensor) -> dict[str, float]:
+    """Mean, standard deviation (0 for a single value), least and greatest."""
+    return {
+        f"{name}/mean": values.mean().item(),
+        f"{name}/std": values.std(correction=0).item(),
+        f"{name}/min": values.min().item(),
+        f"{name}/max": values.max().item(),
+    }
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are set; null means that Ray's or our default holds."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,94 @@
+"""Synchronous expert iteration: collect a batch, keep the best, imitate them, push the weights, collect the next.
+
+    python expert-iteration-sync.py mode=sync                           # GSM8K, three GPUs
+    python expert-iteration-sync.py mode=sync --config-name ei_tiny     # a tiny model, on a CPU
+
+Unlike the textbook's, the policy is fine-tuned on each batch's expert responses from where it stands, not from the start
+model, and a KL penalty in the loss holds it near that model.
+
+Any key of `config/` may be overridden on the command line, e.g. `train.topk_size=8`; `--cfg job` shows what results.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from expert_iteration import cli
+from expert_iteration.cadence import is_due
+from expert_iteration.config import Config
+from expert_iteration.sizes import optimizer_steps_of_batch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from expert_iteration.checkpoint import Checkpointer
+    from expert_iteration.collector import CollectorClient
+    from expert_iteration.evaluation import Evaluator
+    from expert_iteration.learner import Learner, StepResult
+    from expert_iteration.metrics import Metrics
+    from expert_iteration.weight_update import WeightUpdater
+
+
+def train(
+    cfg: Config,
+    collector: CollectorClient,
+    replay_buffer: Any,
+    learner: Learner,
+    policy_training: nn.Module,
+    weight_updater: WeightUpdater,
+    evaluator: Evaluator,
+    checkpointer: Checkpointer,
+    metrics: Metrics,
+) -> None:
+    """The algorithm: what happens in which order. Its collaborators say how (`ei_utils.py` builds them)."""
+    # Here, where the training process has it loaded already: it takes seconds, which no command line should wait.
+    from ei_utils import log_training_metrics
+
+    pushed_at = 0
+
+    def push_weights() -> None:
+        nonlocal pushed_at
+        pushed_at = learner.optimizer_steps
+        metrics.log(weight_updater.push_weights(policy_training), learner.gradient_steps)
+        if is_due(weight_updater.pushes, cfg.eval.frequency):
+            metrics.samples(data.samples, learner.gradient_steps, "train")
+            evaluator.evaluate(learner.gradient_steps)
+
+    def after(result: StepResult) -> None:
+        if result.stepped and is_due(result.step, cfg.train.weight_update_frequency, result.since):
+            push_weights()
+        if result.stepped and is_due(result.step, cfg.train.checkpoint_frequency, result.since):
+            checkpointer.save()
+
+    evaluator.evaluate(learner.gradient_steps)
+    for data in collector:  # Data collection loop
+        metrics.drain(learner.gradient_steps)
+        if not data.responses_kept:
+            continue
+        learner.plan(optimizer_steps_of_batch(cfg, len(replay_buffer)), until=data.progress)
+        for _epoch in range(cfg.train.epochs):  # Epoch loop
+            for batch in replay_buffer:  # Buffer consumption loop (only top-k responses)
+                result = learner.step(batch)
+                log_training_metrics(metrics, result, batch, learner, replay_buffer, weight_updater.policy_version)
+                after(result)
+        after(learner.flush())
+        if cfg.train.empty_replay_buffer:
+            replay_buffer.empty(empty_write_count=False)
+        if cfg.train.weight_update_frequency is None:
+            push_weights()
+    if pushed_at < learner.optimizer_steps:
+        push_weights()
+    if not is_due(weight_updater.pushes, cfg.eval.frequency):
+        evaluator.evaluate(learner.gradient_steps)
+
+
+def main(cfg: Config, run_dir: Path) -> None:
+    """Runs `train` in the process that holds the training devices, with everything else around it."""
+    from expert_iteration.run import run
+
+    run(cfg, train, run_dir)
+
+
+if __name__ == "__main__":
+    cli.run(main, mode="sync")

@@ -1,0 +1,61 @@
+"""What a run leaves behind: checkpoints to look into, and the model as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expert_iteration.config import Config, to_plain_dict
+from expert_iteration.learner import Learner
+
+
+class Checkpointer:
+    """Writes the checkpoints of a run.
+
+    Args:
+        directory: where they go.
+        learner: its model, counters and states are saved.
+        cfg: the whole configuration, saved as a plain dictionary.
+    """
+
+    def __init__(self, directory: Path, learner: Learner, cfg: Config) -> None:
+        self._directory = directory
+        self._learner = learner
+        self._config = to_plain_dict(cfg)
+        self._last_step = -1
+
+    def save(self) -> Path:
+        """Write `checkpoint_<gradient step>.pt`; saving twice at one step writes once.
+
+        It loads with `torch.load(path, weights_only=True)`: step, optim_step, model_state_dict, optimizer_state_dict,
+        scheduler_state_dict, scaler_state_dict, config, and the learner's further counters.
+        """
+        step = self._learner.gradient_steps
+        path = self._directory / f"checkpoint_{step}.pt"
+        if step == self._last_step:
+            return path
+        self._directory.mkdir(parents=True, exist_ok=True)
+        state = {
+            **self._learner.state_dict(),
+            "model_state_dict": self._learner.model.state_dict(),
+            "config": self._config,
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        # Whoever sees the name sees a whole file.
+        os.replace(temporary, path)
+        self._last_step = step
+        return path
+
+
+def save_pretrained(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:
+    """Save model and tokenizer as a Hugging Face folder, floating-point weights in `dtype` (the engine's)."""
+    weights = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,193 @@
+"""The collector: a TorchRL `LLMCollector` and the writer's side of the buffer, in one Ray actor.
+
+It gathers a batch, scores it (in the environment), keeps the best of each group, has the reference score what is kept,
+and holds the rows until it is told to write them. Collecting and writing are two calls so that a synchronous run may
+gather the next batch while it trains on the last one: what the trainer iterates over never changes under its feet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tensordict import TensorDictBase, lazy_stack
+from torchrl._utils import timeit
+from torchrl.collectors.llm import LLMCollector
+
+from expert_iteration.reference import RetrieveLogProb
+from expert_iteration.selection import TopKRewardSelector
+
+# What the buffer keeps of a response. Everything else a rollout carries (the environment's next prompt, the flags of a
+# dialog of one turn) stays behind.
+ROW_KEYS = (
+    ("tokens", "prompt"),
+    ("tokens", "response"),
+    ("tokens", "full"),
+    ("masks", "all_assistant_mask"),
+    ("text", "prompt"),
+    ("text", "response"),
+    ("next", "reward"),
+    ("next", "done"),
+    "finish_reason",
+    "policy_version",
+    "group_id",
+    "prompt_index",
+)
+
+
+@dataclass(frozen=True)
+class CollectedBatch:
+    """What the trainer hears of a batch whose kept responses now lie in the buffer."""
+
+    dialog_turns: int  # collected so far, this batch included
+    total_dialog_turns: int
+    responses_kept: int  # of this batch
+    samples: list[dict[str, Any]]  # a few groups, in the form of samples.jsonl
+
+    @property
+    def progress(self) -> float:
+        """The fraction of the run that is collected, 0 to 1."""
+        return self.dialog_turns / self.total_dialog_turns
+
+
+class ExpertCollector:
+    """Gathers batches of responses and writes the best into the buffer.
+
+    Args:
+        make_env: builds the environment (in this process: environments do not travel).
+        policy: generates.
+        selector: keeps the best of each group.
+        retrieve_log_prob: scores what is kept with the reference.
+        replay_buffer: a client of the buffer.
+        postproc: sees every batch before selection (the metrics hook, `RemoteDataLogger`).
+        log_record: sends a record of metrics to the trainer.
+        dialog_turns_per_batch: responses a batch.
+        num_batches: batches in the run.
+        num_sample_groups: groups reported with each batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        make_env: Callable[[], Any],
+        policy: Any,
+        selector: TopKRewardSelector,
+        retrieve_log_prob: RetrieveLogProb,
+        replay_buffer: Any,
+        postproc: Callable[[TensorDictBase], TensorDictBase],
+        log_record: Callable[[dict[str, float]], None],
+        dialog_turns_per_batch: int,
+        num_batches: int,
+        num_sample_groups: int,
+    ) -> None:
+        self._selector = selector
+        self._retrieve_log_prob = retrieve_log_prob
+        self._replay_buffer = replay_buffer
+        self._log_record = log_record
+        self._dialog_turns_per_batch = dialog_turns_per_batch
+        self._num_batches = num_batches
+        self._num_sample_groups = num_sample_groups
+        self._turns = self._empty_batches = 0
+        self._pending: tuple[TensorDictBase | None, CollectedBatch] | None = None
+        self._collector = LLMCollector(
+            make_env(),
+            policy=policy,
+            dialog_turns_per_batch=dialog_turns_per_batch,
+            # Endless: TorchRL counts its own frames; ours are counted in batches, so the end can be seen.
+            total_dialog_turns=-1,
+            flatten_data=True,
+            postproc=postproc,
+        )
+        self._batches: Iterator[TensorDictBase] = iter(self._collector)
+
+    def collect(self) -> None:
+        """Gather the next batch and hold what is kept of it; nothing is written yet."""
+        start = time.monotonic()
+        batch = next(self._batches)
+        selected = self._selector.select(batch)
+        kept = None if selected is None else self._retrieve_log_prob(_prune(selected))
+        self._turns += len(batch)
+        summary = CollectedBatch(
+            dialog_turns=self._turns,
+            total_dialog_turns=self._num_batches * self._dialog_turns_per_batch,
+            responses_kept=0 if kept is None else len(kept),
+            samples=_sample_groups(batch, selected, self._num_sample_groups),
+        )
+        self._empty_batches += summary.responses_kept == 0
+        self._log_record(
+            {f"selection/{name}": value for name, value in self._selector.stats().items()}
+            | {
+                "selection/batch_kept": summary.responses_kept,
+                "selection/empty_batches": self._empty_batches,
+                "collector/dialog_turns": self._turns,
+                "collector/time/collect": time.monotonic() - start,
+            }
+        )
+        self._pending = (kept, summary)
+
+    def write(self) -> CollectedBatch:
+        """Write the held rows into the buffer."""
+        assert self._pending is not None, "write() follows collect()"
+        kept, summary = self._pending
+        self._pending = None
+        if kept is not None:
+            self._replay_buffer.extend(kept)
+        return summary
+
+    def shutdown(self) -> None:
+        """Close the environment."""
+        self._collector.shutdown()
+
+
+class CollectorClient:
+    """The trainer's view of the collector: iterating it yields each batch once its rows lie in the buffer.
+
+    Args:
+        actor: the `ExpertCollector` actor.
+        num_batches: after which the iteration ends.
+        overlap: gather the next batch while the caller works on the one just yielded (`train.sync_iter=false`).
+    """
+
+    def __init__(self, actor: Any, num_batches: int, *, overlap: bool) -> None:
+        self._actor = actor
+        self._num_batches = num_batches
+        self._overlap = overlap
+
+    def __iter__(self) -> Iterator[CollectedBatch]:
+        import ray
+
+        for index in range(self._num_batches):
+            if index == 0 or not self._overlap:
+                collected = self._actor.collect.remote()
+            with timeit("wait_for_data"):
+                ray.get(collected)
+            batch = ray.get(self._actor.write.remote())
+            if self._overlap and index + 1 < self._num_batches:
+                collected = self._actor.collect.remote()
+            yield batch
+
+
+def _prune(rows: TensorDictBase) -> TensorDictBase:
+    """Only what the buffer keeps."""
+    return lazy_stack([row.select(*ROW_KEYS) for row in rows.unbind(0)])
+
+
+def _sample_groups(batch: TensorDictBase, selected: TensorDictBase | None, num_groups: int) -> list[dict[str, Any]]:
+    """The first groups of a batch, with all their responses, for people to read."""
+    # By identity: two responses of a group may have the same text, and one of them be kept.
+    kept = set() if selected is None else {id(row) for row in selected.unbind(0)}
+    groups: dict[int, list[TensorDictBase]] = {}
+    for row in batch.unbind(0):
+        groups.setdefault(int(row["group_id"]), []).append(row)
+    return [
+        {
+            "prompt": members[0]["query"],
+            "responses": [
+                {"text": row["text", "response"], "reward": row["next", "reward"].item(), "kept": id(row) in kept}
+                for row in members
+            ],
+        }
+        for members in list(groups.values())[:num_groups]
+    ]

@@ -1,0 +1,365 @@
+"""The schema of the configuration: every key with its type and meaning, and no values.
+
+Values live in `config/*.yaml`, each with a comment on what it costs or gains; no field has a default here, so a value
+has one home, and a configuration that lacks a key is refused instead of guessed. Rules between keys are in
+`validation.py`, sizes that follow from them in `sizes.py`. Importing this module loads neither torch nor ray nor vllm.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+SCHEMA_NAME = "schema"
+
+# OmegaConf finds an enum member by its name and lists the names when there is none: each name is spelled as its value.
+
+
+class Device(StrEnum):
+    """Where the three models live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dataset(StrEnum):
+    """The tasks that ship with the suite."""
+
+    tiny = "tiny"
+    gsm8k = "gsm8k"
+    ifeval = "ifeval"
+
+
+class Selection(StrEnum):
+    """Which responses of a group are kept."""
+
+    above_median = "above_median"
+    random = "random"
+
+
+class LossFunction(StrEnum):
+    """What imitating the kept responses means."""
+
+    sft = "sft"
+    minor_sft = "minor_sft"
+
+
+class Dtype(StrEnum):
+    """Floating-point types by torch's names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class OptimizerName(StrEnum):
+    """Optimizers by torch's names."""
+
+    AdamW = "AdamW"
+    Adam = "Adam"
+    SGD = "SGD"
+
+
+class SchedulerType(StrEnum):
+    """Shapes of the learning rate after its warm-up."""
+
+    cosine_with_warmup = "cosine_with_warmup"
+    linear = "linear"
+    constant = "constant"
+
+
+class LoggingBackend(StrEnum):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    wandb = "wandb"
+    none = "none"
+
+
+class LoggingMode(StrEnum):
+    """W&B's modes."""
+
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class EnvConfig:
+    """The task, and how it is sampled."""
+
+    dataset: Dataset
+    """The task: prompts, ground truths and reward."""
+    dataset_path: str | None
+    """A local file or folder with the task's data; null: the task's own source (hub name or built in)."""
+    num_envs: int
+    """Responses asked of the engine at once, and responses scored at once by the reference; capped at the batch."""
+    repeats: int
+    """Responses per prompt: the size of a group."""
+
+
+@dataclass
+class RewardConfig:
+    """How responses are scored."""
+
+    fn: str | None
+    """`package.module:function` or `file.py:function` in place of the task's own reward; null: the task's own."""
+
+
+@dataclass
+class ModelConfig:
+    """The start model, of which policy, engine and reference are copies."""
+
+    name: str
+    """A hub id, a path (begins with `/`, `.` or `~`), or `tiny`, the model that the suite builds itself."""
+
+
+@dataclass
+class TrainConfig:
+    """The algorithm: what is collected, what is kept, how it is imitated."""
+
+    sync: bool
+    """Set by the mode: true collects and trains in turn, false at the same time."""
+    sync_iter: bool | None
+    """Sync mode: false lets the engine generate the next batch while the learner trains; null in async mode."""
+    epochs: int
+    """Passes over the kept responses of a batch."""
+    weight_update_frequency: int | None
+    """Gradient steps between weight pushes; null (sync mode): one push before each new collection."""
+    dialog_turns_per_batch: int
+    """Responses collected per batch, a multiple of `env.repeats`."""
+    total_dialog_turns: int
+    """Responses collected in the whole run, rounded up to whole batches."""
+    topk_size: int
+    """At most so many responses of a group are kept."""
+    selection: Selection
+    """`above_median`: the best, strictly above the group's lower median; `random`: as many, from the same groups."""
+    buffer_size: int | None
+    """Responses that the buffer holds; null: one batch of kept responses in sync mode, 256 in async mode."""
+    empty_replay_buffer: bool
+    """Whether the buffer is emptied once its responses were trained on."""
+    optim_batch_size: int
+    """Responses per micro-batch, which is one gradient step."""
+    gradient_accumulation_steps: int
+    """Gradient steps per optimizer step."""
+    mixed_precision: bool
+    """Whether the forward pass runs in `train_model.torch_dtype`; master weights are float32 either way."""
+    loss_function: LossFunction
+    """`sft`: negative log-likelihood; `minor_sft`: its bounded variant against the reference."""
+    minor_sft_beta: float
+    """Sharpness of `minor_sft`; no meaning for `sft`."""
+    kl_to_ref_coeff: float | None
+    """Weight of the KL divergence to the start model in the loss; null or 0: none."""
+    max_bad_steps: int
+    """So many steps in a row without a finite loss and gradient end the run."""
+    checkpoint_frequency: int
+    """Gradient steps between checkpoints; 0: only the one at the end."""
+    logging_frequency: int
+    """Gradient steps between lines of training metrics."""
+
+
+@dataclass
+class TrainModelConfig:
+    """The policy while it is trained."""
+
+    num_devices: int
+    """Accelerators for training."""
+    gradient_checkpointing: bool
+    """Whether activations are computed again in the backward pass instead of kept."""
+    attn_implementation: str
+    """Attention kernel by its transformers name: sdpa, eager, flash_attention_2."""
+    torch_dtype: Dtype
+    """Type of the forward pass under `train.mixed_precision`."""
+    eval: bool
+    """Whether the policy is trained in evaluation mode, without dropout."""
+    num_threads: int | None
+    """CPU threads of the training process; null: sized from the machine."""
+
+
+@dataclass
+class InferenceModelConfig:
+    """The vLLM engine that samples responses."""
+
+    num_devices: int
+    """Accelerators for the engine."""
+    torch_dtype: Dtype
+    """Type of the engine's weights."""
+    gpu_memory_utilization: float
+    """Share of each accelerator's memory that the engine takes, in (0, 1]."""
+    temperature: float
+    """Sampling temperature, above 0."""
+    top_p: float
+    """Nucleus sampling: the share of probability drawn from, in (0, 1]."""
+    max_tokens: int
+    """Tokens per response at most."""
+    max_model_len: int | None
+    """Tokens per prompt and response together at most; null: the model's own context length."""
+    include_stop_str_in_output: bool
+    """Whether the end-of-turn text stays in the response that rewards and people read."""
+    enforce_eager: bool
+    """Whether the engine runs without CUDA graphs and compilation."""
+    enable_prefix_caching: bool
+    """Whether prompts that begin alike, as a group's do, share their cache."""
+    num_threads: int | None
+    """CPU threads of the engine; null: sized from the machine."""
+    kv_cache_gib: int | None
+    """Whole GiB of KV cache on a CPU; null: vLLM's own choice. On accelerators `gpu_memory_utilization` decides."""
+
+
+@dataclass
+class RefModelConfig:
+    """The frozen start model to which the KL divergence is taken."""
+
+    num_devices: int | None
+    """Accelerators for the reference; null: one."""
+    attn_implementation: str
+    """As `train_model.attn_implementation`."""
+    torch_dtype: Dtype
+    """Type of the reference's weights."""
+    num_threads: int | None
+    """CPU threads of the reference; null: sized from the machine."""
+
+
+@dataclass
+class SchedulerConfig:
+    """The learning rate over the run's optimizer steps."""
+
+    enabled: bool
+    """Whether the learning rate changes at all."""
+    type: SchedulerType
+    """Its shape after the warm-up."""
+    warmup_steps: float
+    """Length of the linear warm-up: below 1 a fraction of the run, else a whole number of optimizer steps."""
+    num_cycles: float
+    """Cosine waves from the end of the warm-up to the end of the run: 0.5 falls once, to 0."""
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer."""
+
+    name: OptimizerName
+    """By torch's name."""
+    lr: float | None
+    """Peak learning rate; null: 1e-5."""
+    betas: list[float]
+    """Adam's and AdamW's two decay rates; no meaning for SGD."""
+    weight_decay: float
+    """Weight decay, on weight matrices only (not on norms and biases)."""
+    clip_grad_norm: float | None
+    """The gradient's norm is scaled down to this; null: never."""
+    scheduler: SchedulerConfig
+
+
+@dataclass
+class WeightUpdateConfig:
+    """Pushing trained weights into the engine, and proof that they arrived."""
+
+    probe_frequency: int
+    """Pushes between comparisons of trainer and engine; 0: only at the start and after the first push."""
+    probe_tolerance: float | None
+    """Largest difference of log-probs that passes; null: by the engine's dtype."""
+    timeout: float
+    """Seconds that a push may take before the run ends with an error."""
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on held-out prompts."""
+
+    frequency: int
+    """Weight pushes between evaluations; 0: only before and after the run."""
+    num_prompts: int
+    """Held-out prompts."""
+    num_samples: int
+    """Sampled responses per prompt, beside one greedy response: the k of pass@k."""
+    temperature: float
+    """Temperature of the sampled responses."""
+
+
+@dataclass
+class TinyConfig:
+    """The built-in tiny model."""
+
+    model_seed: int
+    """Seed of its warm start."""
+    cache_dir: str | None
+    """Folder where it is built once and found again; null: the user's cache folder."""
+
+
+@dataclass
+class RayConfig:
+    """Free dictionaries, handed to Ray as they are."""
+
+    init_config: dict[str, Any]
+    """Arguments of `ray.init`."""
+    collector_config: dict[str, Any]
+    """Resources of the collector's actor."""
+    train_handler_config: dict[str, Any]
+    """Resources of the training task."""
+    replay_buffer_config: dict[str, Any]
+    """Resources of the buffer's actor."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is recorded, and where."""
+
+    experiment_name: str | None
+    """Part of the W&B run's name."""
+    checkpoint_dir: str
+    """Folder of the checkpoints, relative to the run directory."""
+    backend: LoggingBackend
+    """Where metrics go besides `metrics.jsonl`."""
+    mode: LoggingMode | None
+    """W&B's mode; null: online with an API key, offline without."""
+    project: str | None
+    """W&B project; null: ei-sync or ei-async."""
+    entity: str | None
+    """W&B user or team; null: the account's default."""
+    group: str | None
+    """W&B group."""
+    tags: list[str]
+    """W&B tags."""
+    num_samples: int
+    """Prompts written to `samples.jsonl` per evaluation, each with all its responses."""
+
+
+@dataclass
+class Config:
+    """The whole configuration."""
+
+    seed: int
+    """Seed of data order, initialization, sampling and selection."""
+    device: Device
+    """`auto`: accelerators where there are any; `cpu`; `cuda`: accelerators, or the run is refused."""
+    env: EnvConfig
+    reward: RewardConfig
+    model: ModelConfig
+    train: TrainConfig
+    train_model: TrainModelConfig
+    inference_model: InferenceModelConfig
+    ref_model: RefModelConfig
+    optimizer: OptimizerConfig
+    weight_update: WeightUpdateConfig
+    eval: EvalConfig
+    tiny: TinyConfig
+    ray: RayConfig
+    logging: LoggingConfig
+
+
+def register_schema() -> None:
+    """Makes the schema known to Hydra under the name that `config/base.yaml` lists first in its defaults."""
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=Config)
+
+
+def to_plain_dict(cfg: Config) -> dict[str, Any]:
+    """The configuration as nested dicts, lists, strings and numbers: what checkpoints and W&B store.
+
+    Enum members become strings, so that `torch.load(..., weights_only=True)` accepts the result.
+    """
+    plain = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,319 @@
+"""Micro-batches to optimizer steps: precision, accumulation, clipping, schedule, and what happens to a bad step.
+
+The learner knows nothing of sync or async, of buffers or engines: `step(batch)` is one gradient step, and every
+`gradient_accumulation_steps` of them make an optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchrl._utils import timeit
+
+from expert_iteration import schedule
+from expert_iteration.errors import UserError
+from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "AdamW": torch.optim.AdamW,
+    "Adam": torch.optim.Adam,
+    "SGD": torch.optim.SGD,
+}
+FULL_FINE_TUNING_LR = 1e-5
+
+
+class StepResult(dict[str, float]):
+    """Metrics of one gradient step by name, and where it stands.
+
+    Metrics: loss, loss_sft, loss_kl_to_ref and kl_to_ref (where there are such), reward and response_length (means over
+    the micro-batch, length in tokens), learning_rate; and grad_norm (before clipping) where a window ended.
+
+    Attributes:
+        stepped: whether the weights changed: an optimizer step happened and was not skipped as bad.
+        step: gradient steps so far.
+        since: gradient steps at the optimizer step before this one; hand it to `is_due`.
+    """
+
+    def __init__(self, metrics: Mapping[str, float], *, stepped: bool, step: int, since: int):
+        super().__init__(metrics)
+        self.stepped, self.step, self.since = stepped, step, since
+
+
+def make_optimizer(model: nn.Module, cfg_optimizer: Any) -> Optimizer:
+    """The optimizer of the configuration over the trainable parameters of `model`.
+
+    Weight decay acts on matrices only: decaying norms and biases (fewer than two dimensions) pulls them away from what
+    they are for without making the model simpler.
+
+    Args:
+        model: parameters with `requires_grad` are trained.
+        cfg_optimizer: name (AdamW, Adam or SGD), lr (None: 1e-5), weight_decay, betas (no effect on SGD).
+
+    Raises:
+        UserError: an unknown name, or a model without trainable parameters.
+    """
+    if cfg_optimizer.name not in OPTIMIZERS:
+        raise UserError(f"optimizer.name ({cfg_optimizer.name!r}) is unknown: choose one of {', '.join(OPTIMIZERS)}.")
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise UserError("The model has no trainable parameter.")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg_optimizer.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"lr": FULL_FINE_TUNING_LR if cfg_optimizer.lr is None else cfg_optimizer.lr}
+    if cfg_optimizer.name != "SGD":
+        options["betas"] = tuple(cfg_optimizer.betas)
+    return OPTIMIZERS[cfg_optimizer.name]([group for group in groups if group["params"]], **options)
+
+
+class Learner:
+    """Owns the optimizer's side of training; the model, the loss and the schedule are given.
+
+    A *window* is the gradient steps that share an optimizer step. Gradients are summed over its responses and divided
+    by their number at its end, so that any division of a large batch into micro-batches gives the large batch's step.
+
+    A *bad* step is a window with a non-finite loss, or a non-finite gradient: its gradients are thrown away, weights,
+    optimizer and schedule stay as they are, `bad_steps` counts it. Under float16 a gradient that overflows while the
+    loss is finite is the gradient scaler's ordinary way of finding its scale: the step is skipped but not bad, unless
+    the scale is already down to 1, where scaling cannot be the reason.
+
+    Args:
+        model: trained in place, on the device where its parameters are. Trainable parameters are float32: autocast
+            lowers the precision of the forward pass only, as bfloat16 parameters hardly move at usual learning rates.
+        loss_fn: batch -> SFTLossOutput whose terms are means over the batch's responses.
+        optimizer: over the model's trainable parameters.
+        scheduler: from `schedule.make_scheduler`; advances with each optimizer step.
+        gradient_accumulation_steps: gradient steps in a window.
+        clip_grad_norm: largest norm of the mean gradient; None: no clipping.
+        autocast_dtype: of the forward pass; None: no autocast. float16 adds a gradient scaler.
+        max_bad_steps: bad steps in a row that end the run.
+        eval_mode: leave the model in eval mode (no dropout, and Hugging Face then does no gradient checkpointing).
+
+    Raises:
+        UserError: a trainable parameter is not float32 (or float64).
+
+    Attributes:
+        gradient_steps, optimizer_steps, bad_steps: counted over the run.
+        responses_trained: rows that went through the model, each as often as it did.
+        tokens_trained: prompt and response tokens that went through the model, without padding.
+        seconds: spent in `step` and `flush`.
+        first_optimizer_step_time: when it ended, in seconds since the epoch; None before.
+        last_step_at: gradient step of the last optimizer step (0 before the first).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        *,
+        gradient_accumulation_steps: int,
+        clip_grad_norm: float | None,
+        autocast_dtype: torch.dtype | None,
+        max_bad_steps: int,
+        eval_mode: bool = False,
+    ):
+        self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.clip_grad_norm = clip_grad_norm
+        self.max_bad_steps = max_bad_steps
+        self.eval_mode = eval_mode
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        _check_master_weights(model)
+        self.device = self._parameters[0].device
+        self._autocast = torch.autocast(self.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast_dtype == torch.float16)
+        self.gradient_steps = self.optimizer_steps = self.bad_steps = self.last_step_at = 0
+        self.responses_trained = self.tokens_trained = 0
+        self.seconds = 0.0
+        self.first_optimizer_step_time: float | None = None
+        self._bad_in_a_row = 0
+        self._window_fault: str | None = None
+        self._clear_window()
+
+    def step(self, batch: TensorDictBase) -> StepResult:
+        """One gradient step on a batch of B responses; ends the window when it is full.
+
+        Raises:
+            RuntimeError: the `max_bad_steps`-th bad step in a row; says what was not finite.
+        """
+        with self._timed():
+            return self._step(batch)
+
+    def _step(self, batch: TensorDictBase) -> StepResult:
+        self.model.train(not self.eval_mode)
+        values = self._backward(batch)
+        window_is_full = self._window_steps == self.gradient_accumulation_steps
+        if window_is_full:
+            values["grad_norm"] = self._mean_gradient_norm()
+        metrics = self._to_floats(values)
+        self._note_bad_loss(metrics)
+        return self._end_window(metrics) if window_is_full else self._result(metrics, stepped=False)
+
+    def flush(self) -> StepResult:
+        """The optimizer step of a window that is not full; nothing happens when it is empty.
+
+        Returns:
+            learning_rate and, if there was a window, grad_norm.
+
+        Raises:
+            RuntimeError: as `step`.
+        """
+        if not self._window_steps:
+            return self._result({}, stepped=False)
+        with self._timed():
+            return self._end_window(self._to_floats({"grad_norm": self._mean_gradient_norm()}))
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.monotonic()
+        with timeit("training"):
+            yield
+        self.seconds += time.monotonic() - start
+
+    def plan(self, num_optimizer_steps: int, until: float) -> None:
+        """Tell the schedule that the next `num_optimizer_steps` take the run to the fraction `until` of its length."""
+        schedule.plan(self.scheduler, num_optimizer_steps, until)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the states of optimizer, scheduler and scaler, named as in a checkpoint; no weights.
+
+        Raises:
+            RuntimeError: in the middle of a window, whose gradients are in no checkpoint.
+        """
+        if self._window_steps:
+            raise RuntimeError("A window of gradient steps is open: call flush() before state_dict().")
+        return {
+            "step": self.gradient_steps,
+            "optim_step": self.optimizer_steps,
+            "last_step_at": self.last_step_at,
+            "bad_steps": self.bad_steps,
+            "bad_steps_in_a_row": self._bad_in_a_row,
+            "responses_trained": self.responses_trained,
+            "tokens_trained": self.tokens_trained,
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scheduler_state_dict": self.scheduler.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`; the model's weights are loaded by the caller. An open window is dropped."""
+        self.gradient_steps, self.optimizer_steps = state["step"], state["optim_step"]
+        self.last_step_at = state["last_step_at"]
+        self.responses_trained, self.tokens_trained = state["responses_trained"], state["tokens_trained"]
+        self.bad_steps, self._bad_in_a_row = state["bad_steps"], state["bad_steps_in_a_row"]
+        self.optimizer.load_state_dict(state["optimizer_state_dict"])
+        self.scheduler.load_state_dict(state["scheduler_state_dict"])
+        self.scaler.load_state_dict(state["scaler_state_dict"])
+        self._clear_window()
+
+    def _backward(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
+        """Add the gradients of the batch's summed loss; returns its metrics as tensors, still on the device."""
+        num_responses = batch.shape[0]
+        with self._autocast:
+            output = self.loss_fn(batch)
+        terms = {"loss_sft": output.loss_sft, "loss_kl_to_ref": output.loss_kl_to_ref}
+        terms = {name: term for name, term in terms.items() if term is not None}
+        loss = torch.stack(list(terms.values())).sum()
+        self.scaler.scale(loss * num_responses).backward()
+        self.gradient_steps += 1
+        self._window_steps += 1
+        self._window_responses += num_responses
+        self.responses_trained += num_responses
+        self.tokens_trained += sum(len(ids) for ids in batch.get(TOKENS_KEY, as_list=True))
+        if output.kl_to_ref is not None:
+            terms["kl_to_ref"] = output.kl_to_ref
+        return {"loss": loss, **terms, **_batch_metrics(batch)}
+
+    def _mean_gradient_norm(self) -> torch.Tensor:
+        """Turn the summed gradients into the mean over the window's responses and clip it; returns the norm before."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        torch._foreach_div_(gradients, float(self._window_responses))
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad_norm, norm)
+        return norm
+
+    def _end_window(self, metrics: dict[str, float]) -> StepResult:
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        fault = self._window_fault
+        if fault is None and not math.isfinite(metrics["grad_norm"]) and not overflow:
+            fault = self._describe_gradient(metrics["grad_norm"])
+        stepped = fault is None and math.isfinite(metrics["grad_norm"])
+        since = self.last_step_at
+        if stepped:
+            self.scaler.step(self.optimizer)
+            self.optimizer_steps += 1
+            self.first_optimizer_step_time = self.first_optimizer_step_time or time.time()
+            self.last_step_at = self.gradient_steps
+            self._bad_in_a_row = 0
+        self.scaler.update()
+        result = self._result(metrics, stepped=stepped, since=since)
+        if stepped:
+            self.scheduler.step()
+        self._clear_window()
+        if fault is not None:
+            self._count_bad_step(fault)
+        return result
+
+    def _note_bad_loss(self, metrics: Mapping[str, float]) -> None:
+        bad = [f"{name} is {value}" for name, value in metrics.items() if "loss" in name and not math.isfinite(value)]
+        if bad and self._window_fault is None:
+            self._window_fault = f"{', '.join(bad)} at gradient step {self.gradient_steps}"
+
+    def _describe_gradient(self, norm: float) -> str:
+        named = self.model.named_parameters()
+        bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        return f"the gradient norm is {norm} at gradient step {self.gradient_steps} ({', '.join(bad[:3])})"
+
+    def _count_bad_step(self, fault: str) -> None:
+        self.bad_steps += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= self.max_bad_steps:
+            raise RuntimeError(
+                f"{self._bad_in_a_row} optimizer steps in a row (train.max_bad_steps) were not finite; in the last, "
+                f"{fault}. Lower optimizer.lr or optimizer.clip_grad_norm, or use train_model.torch_dtype=float32."
+            )
+
+    def _clear_window(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._window_steps = self._window_responses = 0
+        self._window_fault = None
+
+    def _to_floats(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """One transfer, hence one wait for the device, for all metrics of a step."""
+        numbers = torch.stack([value.detach().to(self.device, torch.float32) for value in values.values()]).tolist()
+        return dict(zip(values, numbers, strict=True))
+
+    def _result(self, metrics: Mapping[str, float], *, stepped: bool, since: int | None = None) -> StepResult:
+        since = self.last_step_at if since is None else since
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        metrics = {**metrics, "learning_rate": learning_rate}
+        return StepResult(metrics, stepped=stepped, step=self.gradient_steps, since=since)
+
+
+def _batch_metrics(batch: TensorDictBase) -> dict[str, torch.Tensor]:
+    rewards = torch.stack([reward.float().mean() for reward in batch.get(("next", "reward"), as_list=True)])
+    lengths = torch.stack([mask.sum() for mask in batch.get(RESPONSE_MASK_KEY, as_list=True)])
+    return {"reward": rewards.mean(), "response_length": lengths.float().mean()}
+
+
+def _check_master_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"The trainable parameter {name} is {parameter.dtype}: load the model with dtype=torch.float32 and set "
+                "the precision of the forward pass with autocast_dtype (train_model.torch_dtype)."
+            )

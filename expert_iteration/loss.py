@@ -1,0 +1,261 @@
+"""The SFT loss with a KL penalty to the reference, on the token ids that the engine sampled.
+
+`token_log_probs` is the one place where log-probs are computed from a Hugging Face model: the policy in training, the
+reference scorer and the probe of a weight push all call it, so their numbers differ only by weights and precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tensordict import NestedKey, TensorDictBase
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torchrl.modules.llm.policies.common import LLMWrapperBase
+from torchrl.objectives.llm.sft import SFTLoss as TorchRLSFTLoss
+from torchrl.objectives.llm.sft import SFTLossOutput, minor_sft_loss, sft_loss
+
+from expert_iteration.errors import UserError
+
+TOKENS_KEY = ("tokens", "full")
+RESPONSE_MASK_KEY = ("masks", "all_assistant_mask")
+REF_LOG_PROBS_KEY = ("next", "ref_log_probs", "full")
+
+LOSS_FUNCTIONS = ("sft", "minor_sft")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class PaddedBatch(NamedTuple):
+    """A batch of B responses with their prompts, right-padded to T tokens."""
+
+    input_ids: torch.Tensor
+    """int64 [B, T], prompt then response, the pad id after it."""
+    attention_mask: torch.Tensor
+    """int64 [B, T], 1 on the tokens of the row, 0 on padding."""
+    response_mask: torch.Tensor
+    """bool [B, T], True on response tokens."""
+    ref_log_probs: torch.Tensor | None
+    """float32 [B, T], the reference's log-probs of the response tokens, 0 elsewhere; None if the batch has none."""
+
+
+def token_log_probs(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each token given its predecessors.
+
+    Args:
+        model: a Hugging Face causal language model.
+        input_ids: int64 [B, T], right-padded.
+        attention_mask: [B, T], 1 on real tokens.
+
+    Returns:
+        float32 [B, T]. Position 0 has no predecessor and gets 0; values at padding mean nothing and are to be masked.
+        The log-softmax is taken in float32 whatever the model's precision, as bfloat16 keeps only three digits.
+    """
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    targets = input_ids[:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+    return F.pad(-losses.view(targets.shape), (1, 0))
+
+
+def pad_rows(rows: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad 1-D id tensors to (input_ids, attention_mask), both int64 [B, T]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id)
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    return input_ids, attention_mask.to(input_ids.device)
+
+
+def collate(batch: TensorDictBase, pad_token_id: int, device: torch.device | None = None) -> PaddedBatch:
+    """Pad a batch of ragged rows and move it to `device` (default: it stays where it is).
+
+    Args:
+        batch: B rows with ("tokens", "full") int64 [T_i], ("masks", "all_assistant_mask") bool [T_i] and, optionally,
+            ("next", "ref_log_probs", "full") float32 [T_i].
+        pad_token_id: any valid id; it is masked out of attention and loss.
+        device: where the padded tensors go.
+
+    Raises:
+        ValueError: ids, mask and reference log-probs of a row differ in length.
+    """
+    ids = batch.get(TOKENS_KEY, as_list=True)
+    masks = batch.get(RESPONSE_MASK_KEY, as_list=True)
+    ref = batch.get(REF_LOG_PROBS_KEY, None, as_list=True)
+    return _pad_batch(ids, masks, ref, pad_token_id, device)
+
+
+def _pad_batch(ids, masks, ref, pad_token_id: int, device: torch.device | None) -> PaddedBatch:
+    """`collate` on lists of 1-D tensors; `ref` may be None."""
+    lengths = [len(row) for row in ids]
+    for name, rows in (("response mask", masks), ("reference log-probs", ref)):
+        if rows is not None and (found := [len(row) for row in rows]) != lengths:
+            raise ValueError(f"The {name} has {found} tokens a row, the ids have {lengths}.")
+    input_ids, attention_mask = pad_rows(list(ids), pad_token_id)
+    response_mask = pad_sequence([mask.bool() for mask in masks], batch_first=True)
+    ref_log_probs = None if ref is None else pad_sequence([row.float() for row in ref], batch_first=True).to(device)
+    return PaddedBatch(input_ids.to(device), attention_mask.to(device), response_mask.to(device), ref_log_probs)
+
+
+class SFTLoss(TorchRLSFTLoss):
+    """Supervised fine-tuning on kept responses, with a KL penalty to the reference model.
+
+    `loss_sft` is minus the mean over responses of the mean log-prob of a response's tokens; `kl_to_ref` the mean over
+    responses of the mean of k3 = exp(ref - lp) - 1 - (ref - lp) over the same tokens, and `loss_kl_to_ref` is
+    `kl_to_ref_coeff` times that (k3: John Schulman, "Approximating KL Divergence", 2020; as in TorchRL). Equal
+    micro-batches therefore accumulate to the large batch. A response without tokens counts as a response and adds 0.
+
+    `loss_function="minor_sft"` is 2/beta times TorchRL's MinorSFT (Xie et al., 2024, arXiv:2408.10642): its gradient
+    at the reference is that of `sft`, so a learning rate means the same for both.
+
+    Trained are the ids of the batch. A batch without ids but with TorchRL's ("history", "full") is templated and
+    tokenized with `tokenizer_kwargs`, which have no other use.
+
+    Args:
+        actor_network: a Hugging Face causal language model, or a TorchRL wrapper around one.
+        tokenizer: gives the pad id and tokenizes histories; default: the wrapper's.
+        tokenizer_kwargs: for `History.apply_chat_template`, for instance {"chat_template_name": "qwen"}.
+        reduction: over responses: mean, sum or none (losses of shape [B]).
+        normalize_by_seq_length: mean over a response's tokens; sum if False. Holds for both terms.
+        kl_to_ref_coeff: weight of the KL term, at least 0. None and 0 mean that there is no such term; `kl_to_ref` is
+            then still reported, without gradient, where the batch carries reference log-probs.
+        loss_function: "sft" or "minor_sft".
+        beta: MinorSFT's beta.
+        device: used when neither the batch nor the model says one.
+
+    Raises:
+        UserError (a ValueError): no tokenizer, an unknown `loss_function` or `reduction`, a negative coefficient,
+            `minor_sft` together with a KL coefficient.
+        ValueError (in forward): a term needs reference log-probs that the batch does not have.
+
+    Forward takes a tensordict of B rows and returns an `SFTLossOutput`; `loss_kl_to_ref` and `kl_to_ref` are None where
+    there is none.
+    """
+
+    # What is overridden of TorchRL 0.14.1, and why. __init__: it silences the KL of minor_sft with a warning and writes
+    # into the caller's tokenizer_kwargs. forward: it compares the engine's masks with the log-probs of re-templated,
+    # re-tokenized text (two tokens longer: ValueError), cannot stack ragged ids, averages the KL over prompt positions
+    # too, and its minor_sft has beta/2 times the gradient of sft. Keys: the ids are not among those it knows.
+
+    @dataclass
+    class _AcceptedKeys(TorchRLSFTLoss._AcceptedKeys):
+        tokens: NestedKey = TOKENS_KEY
+        response_mask: NestedKey = RESPONSE_MASK_KEY
+
+    default_keys = _AcceptedKeys
+
+    def __init__(
+        self,
+        actor_network: nn.Module,
+        tokenizer: Any = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        normalize_by_seq_length: bool = True,
+        kl_to_ref_coeff: float | None = None,
+        loss_function: Literal["sft", "minor_sft"] = "sft",
+        beta: float = 0.1,
+        device: torch.device | None = None,
+    ):
+        _check_options(reduction, kl_to_ref_coeff, loss_function, beta)
+        wrapped = isinstance(actor_network, LLMWrapperBase)
+        if tokenizer is None and not (wrapped and actor_network.tokenizer is not None):
+            raise UserError("SFTLoss needs a tokenizer: a Hugging Face model does not carry one, pass tokenizer=.")
+        super().__init__(
+            actor_network,
+            tokenizer=tokenizer,
+            tokenizer_kwargs=dict(tokenizer_kwargs or {}),
+            reduction=reduction,
+            normalize_by_seq_length=normalize_by_seq_length,
+            kl_to_ref_coeff=kl_to_ref_coeff,
+            loss_function=loss_function,
+            beta=beta,
+            device=device,
+        )
+
+    def _set_in_keys(self) -> None:
+        self.in_keys = [self.tensor_keys.tokens, self.tensor_keys.response_mask]
+        if self.kl_to_ref_coeff or self.loss_function == "minor_sft":
+            self.in_keys.append(self.tensor_keys.ref_log_prob)
+        self.out_keys: list[NestedKey] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The Hugging Face model that is trained."""
+        actor = self.actor_network
+        return actor.model if isinstance(actor, LLMWrapperBase) else actor
+
+    def forward(self, tensordict: TensorDictBase) -> SFTLossOutput:
+        """Loss of a batch of B rows; see the class for its keys and terms."""
+        batch = self._collate(tensordict)
+        log_probs = token_log_probs(self.model, batch.input_ids, batch.attention_mask)
+        kl = loss_kl = None
+        if batch.ref_log_probs is not None:
+            kl = self._reduce(self._kl_per_response(log_probs, batch.ref_log_probs, batch.response_mask))
+        elif self.kl_to_ref_coeff or self.loss_function == "minor_sft":
+            raise ValueError(
+                f"The batch has no {self.tensor_keys.ref_log_prob}, which {self.loss_function=} with "
+                f"{self.kl_to_ref_coeff=} needs: score the kept responses with RetrieveLogProb before they are written."
+            )
+        if self.kl_to_ref_coeff:
+            loss_kl = self.kl_to_ref_coeff * kl
+        return SFTLossOutput(
+            loss_sft=self._imitation_loss(log_probs, batch),
+            loss_kl_to_ref=loss_kl,
+            kl_to_ref=None if kl is None else kl.detach(),
+        )
+
+    def _imitation_loss(self, log_probs: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
+        responses = self._per_response(log_probs, batch.response_mask)
+        if self.loss_function == "sft":
+            return sft_loss(responses, self.reduction)
+        assert batch.ref_log_probs is not None  # forward has refused such a batch
+        ref_responses = self._per_response(batch.ref_log_probs, batch.response_mask)
+        return 2 / self.beta * minor_sft_loss(responses, ref_responses, self.beta, self.reduction)
+
+    def _kl_per_response(self, log_probs: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        # Masked before exp: at a prompt token (ref = 0) exp overflows from a log-prob of -89 on, and the zero gradient
+        # that a mask applied afterwards sends back becomes 0 * inf = NaN.
+        diff = (ref - log_probs).masked_fill(~mask, 0.0)
+        return self._per_response(diff.expm1() - diff, mask)
+
+    def _per_response(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean (or sum) over response tokens: [B, T] -> [B]; 0 for a response without tokens."""
+        total = values.masked_fill(~mask, 0.0).sum(-1)
+        return total / mask.sum(-1).clamp(min=1) if self.normalize_by_seq_length else total
+
+    def _reduce(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.reduction == "none" else getattr(values, self.reduction)()
+
+    def _collate(self, tensordict: TensorDictBase) -> PaddedBatch:
+        ids = tensordict.get(self.tensor_keys.tokens, None, as_list=True)
+        if ids is None:
+            ids, masks = self._tokenize_history(tensordict)
+        else:
+            masks = tensordict.get(self.tensor_keys.response_mask, as_list=True)
+        ref = tensordict.get(self.tensor_keys.ref_log_prob, None, as_list=True)
+        pad_token_id = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        parameter = next(self.model.parameters(), self._device_fallback)
+        return _pad_batch(ids, masks, ref, pad_token_id, parameter.device)
+
+    def _tokenize_history(self, tensordict: TensorDictBase) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        history = tensordict[self.tensor_keys.history]
+        tokenized = history.apply_chat_template(tokenizer=self.tokenizer, **self.tokenizer_kwargs)
+        return tokenized.get("input_ids", as_list=True), tokenized.get("assistant_masks", as_list=True)
+
+
+def _check_options(reduction: str, kl_to_ref_coeff: float | None, loss_function: str, beta: float) -> None:
+    """Refuse what TorchRL would only meet, or silently ignore, in the middle of a run."""
+    if loss_function not in LOSS_FUNCTIONS:
+        raise UserError(f"loss_function ({loss_function!r}) is unknown: choose one of {', '.join(LOSS_FUNCTIONS)}.")
+    if reduction not in REDUCTIONS:
+        raise UserError(f"reduction ({reduction!r}) is unknown: choose one of {', '.join(REDUCTIONS)}.")
+    if kl_to_ref_coeff is not None and kl_to_ref_coeff < 0:
+        raise UserError(f"kl_to_ref_coeff ({kl_to_ref_coeff}) must be at least 0.")
+    if loss_function == "minor_sft" and kl_to_ref_coeff:
+        raise UserError(
+            f"kl_to_ref_coeff ({kl_to_ref_coeff}) has no place in minor_sft, whose distance to the reference is "
+            "implicit: set kl_to_ref_coeff to null, or use loss_function=sft."
+        )
+    if loss_function == "minor_sft" and beta <= 0:
+        raise UserError(f"The beta of minor_sft ({beta}) must be above 0.")

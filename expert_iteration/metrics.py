@@ -1,0 +1,298 @@
+"""The run's one sink for numbers and samples: `metrics.jsonl` and `samples.jsonl`, always, and W&B where wanted.
+
+Lives in the training process. Records of the collector's process come in through a queue (`Metrics.drain`), so that one
+process writes the files and one W&B run shows everything. Names are `<scope>/<name>`; steps are gradient steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import queue
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from torchrl._utils import timeit
+
+from expert_iteration.config import Config, LoggingBackend, LoggingMode, to_plain_dict
+from expert_iteration.errors import UserError
+
+if TYPE_CHECKING:
+    from torchrl.record.loggers.wandb import WandbLogger
+
+    from expert_iteration.learner import StepResult
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+UNSCOPED = ("learning_rate", "optim_step")  # the published scripts' names, kept without a scope
+CUMULATIVE = ("learning_rate", "optim_step", "train/data_read_count")  # of a window the last value says where we are
+SAMPLE_COLUMNS = ("step", "split", "prompt", "response", "reward", "kept")
+WANDB_TIMEOUT = 30  # seconds to reach the W&B server; its own default of 90 is a long silence before a run
+
+
+class RunLogger(Protocol):
+    """What `Metrics` asks of a logger beside its own files."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Show numbers at a gradient step; steps may repeat."""
+        ...
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
+        """Show prompts with their responses, in the form of samples.jsonl."""
+        ...
+
+    def close(self) -> None:
+        """End the record; nothing is logged after."""
+        ...
+
+
+class Metrics:
+    """Writes every number and sample of a run, at once, so that an interrupted run has all of them.
+
+    Args:
+        run_dir: where metrics.jsonl and samples.jsonl are written, or continued.
+        loggers: shown everything too (`make_loggers`).
+        log_queue: a Ray queue of records (metrics by full name) of other processes; None: there are none.
+        logging_frequency: gradient steps per line of training metrics, at least 1.
+        clock: seconds since the run's start; None: since now.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        loggers: Sequence[RunLogger],
+        log_queue: Any = None,
+        logging_frequency: int,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        # Buffered by line: what is logged is on disk when the call returns.
+        self._metrics_file = (run_dir / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
+        self._samples_file = (run_dir / SAMPLES_FILE).open("a", buffering=1, encoding="utf-8")
+        self._loggers = list(loggers)
+        self._queue = queue.SimpleQueue[Mapping[str, float]]() if log_queue is None else log_queue
+        self._logging_frequency = logging_frequency
+        self._clock = stopwatch() if clock is None else clock
+        self._window: list[dict[str, float]] = []
+        self._window_step = 0
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write one line; a number that is not finite becomes null, which JSON has no other word for."""
+        line = {"step": step, "time": round(self._clock(), 3), **metrics}
+        self._metrics_file.write(to_json(line) + "\n")
+        for logger in self._loggers:
+            logger.log_metrics(metrics, step)
+
+    def training(self, result: StepResult, **extra: float) -> None:
+        """Take the metrics of one gradient step; their mean is written every `logging_frequency` of them.
+
+        Args:
+            result: of `Learner.step`; names get the scope `train/`, except learning_rate and optim_step.
+            extra: more of the same step, named likewise; a name with a slash stays as it is.
+        """
+        self._window.append({_scoped(name): value for name, value in {**result, **extra}.items()})
+        self._window_step = result.step
+        if len(self._window) == self._logging_frequency:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the gradient steps not yet written; nothing when there are none."""
+        if self._window:
+            self.log(summarize(self._window), self._window_step)
+            self._window = []
+
+    def drain(self, step: int) -> None:
+        """Log what is due beside training: every record that waits in the queue, a line each, and the timings so far."""
+        while True:
+            try:
+                record = self._queue.get_nowait()
+            except queue.Empty:  # Ray's own Empty is one of these
+                break
+            self.log(record, step)
+        if seconds := timings():
+            self.log(seconds, step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
+        """Write prompts with their responses, a line each.
+
+        Args:
+            rows: {"prompt", "answer"?, "responses": [{"text", "reward", "correct"?, "kept"?}]}.
+            step: gradient steps so far.
+            split: "heldout" or "train".
+        """
+        for row in rows:
+            self._samples_file.write(to_json({"step": step, "split": split, **row}) + "\n")
+        if rows:
+            for logger in self._loggers:
+                logger.log_samples(rows, step, split)
+
+    def close(self) -> None:
+        """Write what is left and end the loggers; a second call does nothing."""
+        if self._metrics_file.closed:
+            return
+        self.flush()
+        for logger in self._loggers:
+            logger.close()
+        self._metrics_file.close()
+        self._samples_file.close()
+
+
+class WandbRunLogger:
+    """A W&B run, through TorchRL's logger.
+
+    That logger gives each scope its own step column and leaves W&B's global step alone, which W&B would refuse to take
+    backwards: several lines may share a gradient step, and none is lost.
+    """
+
+    def __init__(self, logger: WandbLogger) -> None:
+        self.logger = logger
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """One row of the run's history."""
+        self.logger.log_metrics(dict(metrics), step=step)
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
+        """A table of all responses, under `samples/<split>`, and one of them as text, under `history`."""
+        import wandb
+
+        table = wandb.Table(columns=list(SAMPLE_COLUMNS), data=sample_table(rows, step, split))
+        first = rows[0]["responses"][0]
+        text = f"{rows[0]['prompt']}\n\n{first['text']}\n\nreward: {first['reward']}"
+        self.logger.log_metrics({f"samples/{split}": table, "history": text}, step=step)
+
+    def close(self) -> None:
+        """Finish the run: waits until W&B has written (offline) or sent (online) everything."""
+        self.logger.close()
+
+
+def make_loggers(cfg: Config, run_dir: Path, mode_name: str) -> list[RunLogger]:
+    """The loggers that the configuration asks for: W&B's, or none."""
+    if cfg.logging.backend == LoggingBackend.none or cfg.logging.mode == LoggingMode.disabled:
+        return []
+    return [make_wandb_logger(cfg, run_dir, mode_name)]
+
+
+def make_wandb_logger(cfg: Config, run_dir: Path, mode_name: str) -> WandbRunLogger:
+    """A W&B run under `run_dir`/wandb that prints nothing.
+
+    Args:
+        cfg: stored whole with the run. `logging.mode` null: as WANDB_MODE says, else online with a login, else offline.
+        run_dir: of the run.
+        mode_name: "sync" or "async", for the names of project and run.
+
+    Raises:
+        UserError: online, and W&B refuses or cannot be reached.
+    """
+    # Settings.silent does not cover the line about the login; this does.
+    os.environ["WANDB_SILENT"] = "true"
+    import wandb
+    from torchrl.record.loggers.wandb import WandbLogger
+
+    try:
+        logger = WandbLogger(
+            exp_name=wandb_run_name(cfg, mode_name),
+            save_dir=str(run_dir),
+            project=cfg.logging.project or f"ei-{mode_name}",
+            # TorchRL's own offline=True would leave WANDB_MODE set for later jobs of a sweep.
+            mode=wandb_mode(cfg.logging.mode),
+            entity=cfg.logging.entity,
+            group=cfg.logging.group,
+            tags=list(cfg.logging.tags),
+            config=to_plain_dict(cfg),
+            # TorchRL's list of installed packages is stored as config["env"], in place of our section of that name.
+            log_env_packages=False,
+            resume=None,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT),
+        )
+    except wandb.errors.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"W&B cannot log online ({reason}): use logging.mode=offline, or run `wandb login`.") from error
+    return WandbRunLogger(logger)
+
+
+def wandb_run_name(cfg: Config, mode_name: str) -> str:
+    """`ei-sync-<experiment>-<dataset>-<model>`, the experiment left out when there is none."""
+    parts = ["ei", mode_name, cfg.logging.experiment_name, cfg.env.dataset.value, PurePath(cfg.model.name).name]
+    return "-".join(part for part in parts if part)
+
+
+def wandb_mode(mode: LoggingMode | None) -> str:
+    """W&B's mode: the one configured, else WANDB_MODE, else online where there is a login."""
+    if mode is not None:
+        return mode.value
+    return os.environ.get("WANDB_MODE") or ("online" if _has_wandb_login() else "offline")
+
+
+def _has_wandb_login() -> bool:
+    """Whether there is an API key, in the environment or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        return host in netrc.netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def timings() -> dict[str, float]:
+    """Mean seconds per call of each `with timeit(name):` since the last call of this, as `timeit/<name>`."""
+    # TorchRL's erase() leaves a name behind with 0 seconds until it is timed again.
+    seconds = {name: value for name, value in timeit.todict(prefix="timeit").items() if value > 0}
+    timeit.erase()
+    return seconds
+
+
+def stopwatch() -> Callable[[], float]:
+    """A clock that says the seconds since this call."""
+    start = time.monotonic()
+    return lambda: time.monotonic() - start
+
+
+def summarize(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One record for many: each name's mean over the records that have it, or its last value if it is cumulative."""
+    names = dict.fromkeys(name for record in records for name in record)
+    values = {name: [record[name] for record in records if name in record] for name in names}
+    return {name: found[-1] if name in CUMULATIVE else mean_of(found) for name, found in values.items()}
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """The mean of one or more numbers."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def sample_table(rows: Iterable[Mapping[str, Any]], step: int, split: str) -> list[list[Any]]:
+    """Rows of samples.jsonl flattened to one row a response, in the order of SAMPLE_COLUMNS."""
+    return [
+        [step, split, row["prompt"], response["text"], response["reward"], response.get("kept")]
+        for row in rows
+        for response in row["responses"]
+    ]
+
+
+def to_json(value: Any) -> str:
+    """One line of valid JSON; non-finite numbers become null, numpy's and torch's scalars numbers."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _scoped(name: str) -> str:
+    return name if "/" in name or name in UNSCOPED else f"train/{name}"

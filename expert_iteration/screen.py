@@ -1,0 +1,115 @@
+"""What the user sees while a run goes on, and where everything else is written."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def redirect_output(path: str | Path) -> None:
+    """Send this process's stdout and stderr, also that of native code, to a file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    # A file makes Python buffer whole blocks; a log is read while the run goes on.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+class RemoteScreen:
+    """The training process's end: messages travel through a Ray queue to the process that owns the terminal."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self._queue.put(("say", text))
+
+    def progress(self, done: int, **figures: str) -> None:
+        """Set the bar to `done` dialog turns and show the figures behind it."""
+        self._queue.put(("progress", done, figures))
+
+
+class Progress:
+    """Shows a run's metrics as they are logged: one of its loggers.
+
+    Args:
+        screen: the terminal.
+    """
+
+    def __init__(self, screen: RemoteScreen) -> None:
+        self._screen = screen
+        self._warned = False
+        self._latest: dict[str, float] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Move the bar when a batch was collected, print evaluations, and warn once when selection drops too much."""
+        self._latest |= metrics
+        if "eval/pass@1" in metrics:
+            self._screen.say(
+                f"evaluation after {step} gradient steps: pass@1 {metrics['eval/pass@1']:.3f}, "
+                f"greedy {metrics['eval/greedy']:.3f}, reward {metrics['eval/reward']:.3f}"
+            )
+        if "selection/groups_seen" in metrics:
+            self._screen.progress(
+                int(self._latest["collector/dialog_turns"]),
+                reward=f"{self._latest['collector/rewards/mean']:.3f}",
+                kept=f"{self._latest['selection/batch_kept']:.0f}",
+            )
+            self._warn_of_dropped_groups(metrics["selection/groups_seen"], metrics["selection/groups_kept"])
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
+        """Samples are not shown."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _warn_of_dropped_groups(self, seen: float, kept: float) -> None:
+        if self._warned or kept >= seen / 2:
+            return
+        self._warned = True
+        self._screen.say(
+            f"note: {seen - kept:.0f} of {seen:.0f} groups had no response above their median and were dropped. "
+            "A finer reward separates more of them, and so do more env.repeats; where most responses are right "
+            "already, harder prompts help, and where all are wrong, a stronger model.name or easier prompts."
+        )
+
+
+class Screen:
+    """The terminal: a progress bar over dialog turns, and lines above it; both also go to `run.log`."""
+
+    def __init__(self, total: int, log_path: Path) -> None:
+        from tqdm import tqdm
+
+        self._log = log_path.open("a", buffering=1)
+        self._bar = tqdm(total=total, unit="turn", desc="starting", dynamic_ncols=True, disable=None, smoothing=0.1)
+
+    def handle(self, message: tuple[Any, ...]) -> None:
+        """Show one message of a `RemoteScreen`."""
+        kind, *content = message
+        getattr(self, kind)(*content)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._log.write(text + "\n")
+        self._bar.write(text)
+
+    def progress(self, done: int, figures: dict[str, str]) -> None:
+        """Move the bar."""
+        self._bar.set_description("training", refresh=False)
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.update(done - self._bar.n)
+        self._log.write(f"{done} turns, " + ", ".join(f"{name} {value}" for name, value in figures.items()) + "\n")
+
+    def close(self) -> None:
+        """Leave the bar as it is and close the log."""
+        self._bar.close()
+        self._log.close()

@@ -1,0 +1,109 @@
+"""The training process: builds the parts, hands them to the script's `train`, and leaves the results behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+import torch
+from ray.util.queue import Queue
+
+import ei_utils
+from expert_iteration.checkpoint import Checkpointer, save_pretrained
+from expert_iteration.config import Config
+from expert_iteration.metrics import Metrics, make_loggers
+from expert_iteration.screen import Progress, RemoteScreen
+from expert_iteration.summary import Summary
+from expert_iteration.tasks import load_task
+from expert_iteration.weight_update import choose_directory
+
+LOG_QUEUE_SIZE = 1000
+
+
+class Session:
+    """Everything a run needs beside the algorithm.
+
+    Leaving the context writes `summary.json`, also after an error or Ctrl-C, and clears what would stay behind.
+
+    Args:
+        cfg: the configuration.
+        run_dir: of the run.
+        allocation: which model has which devices.
+        screen: to the terminal.
+        started: when the user's process started, in seconds since the epoch.
+    """
+
+    def __init__(self, cfg: Config, run_dir: Path, allocation: Any, screen: RemoteScreen, started: float) -> None:
+        self._cfg, self._run_dir, self._screen, self._started = cfg, run_dir, screen, started
+        log_dir = run_dir / "logs"
+        self._tokenizer = ei_utils.get_tokenizer(cfg)
+        # Actors load their models and libraries while this process loads its own.
+        self._engine = ei_utils.get_inference_model(cfg, self._tokenizer, allocation, log_dir)
+        reference = ei_utils.get_ref_model(cfg, self._tokenizer, allocation, log_dir)
+        self._buffer_owner = ei_utils.make_replay_buffer(cfg)
+        self.replay_buffer = self._buffer_owner.client()
+        log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
+        self.collector = ei_utils.make_collector(cfg, self._engine, reference, self.replay_buffer, log_queue, log_dir)
+        self.policy_training = ei_utils.get_train_model(cfg, allocation)
+        self.learner = ei_utils.make_learner(cfg, self.policy_training, self._tokenizer)
+        task = load_task(cfg)
+        num_bytes = sum(tensor.nbytes for tensor in self.policy_training.state_dict().values())
+        self._weights_directory = choose_directory(run_dir, f"expert-iteration-{uuid4().hex}", num_bytes)
+        self.weight_updater = ei_utils.make_weight_updater(
+            cfg, self._engine, task, self._tokenizer, self._weights_directory
+        )
+        self._summary = Summary(cfg)
+        self.metrics = Metrics(
+            run_dir,
+            loggers=[
+                *make_loggers(cfg, run_dir, "sync" if cfg.train.sync else "async"),
+                self._summary,
+                Progress(screen),
+            ],
+            log_queue=log_queue,
+            logging_frequency=cfg.train.logging_frequency,
+            clock=lambda: time.time() - started,
+        )
+        self.evaluator = ei_utils.make_evaluator(cfg, self._engine, task, self._tokenizer, self.metrics)
+        self.checkpointer = Checkpointer(run_dir / cfg.logging.checkpoint_dir, self.learner, cfg)
+
+    def collaborators(self) -> dict[str, Any]:
+        """What `train` takes, by name."""
+        return {
+            "collector": self.collector,
+            "replay_buffer": self.replay_buffer,
+            "learner": self.learner,
+            "policy_training": self.policy_training,
+            "weight_updater": self.weight_updater,
+            "evaluator": self.evaluator,
+            "checkpointer": self.checkpointer,
+            "metrics": self.metrics,
+        }
+
+    def __enter__(self) -> Self:
+        self._screen.say("waiting for the engine")
+        self.metrics.log(self.weight_updater.verify_start(self.policy_training), step=0)
+        return self
+
+    def finish(self) -> None:
+        """What a completed run leaves beside its metrics: a last checkpoint, and the model as `last/`."""
+        self.checkpointer.save()
+        dtype = getattr(torch, self._cfg.inference_model.torch_dtype.value)
+        save_pretrained(self.policy_training, self._tokenizer, self._run_dir / "last", dtype)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.metrics.close()
+        summary = self._summary.to_dict(error, self.learner, self.weight_updater, self._started)
+        temporary = self._run_dir / "summary.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=2))
+        # Whoever sees the name sees a whole file.
+        os.replace(temporary, self._run_dir / "summary.json")
+        shutil.rmtree(self._weights_directory)

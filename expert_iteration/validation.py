@@ -1,0 +1,363 @@
+"""The rules that the configuration's values keep among each other, one small function for each.
+
+Every rule is named after what must hold and raises `UserError` with the value, the rule and the remedy. All of them are
+cheap and need no other part of the suite, so a mistake answers before anything starts. `resolve.py` applies them.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from expert_iteration.config import Config, Dataset, Device, Dtype, LoggingBackend, LoggingMode, LossFunction
+from expert_iteration.errors import UserError
+from expert_iteration.sizes import derive_sizes
+
+AT_LEAST_ONE = (
+    "env.num_envs",
+    "env.repeats",
+    "train.epochs",
+    "train.weight_update_frequency",
+    "train.dialog_turns_per_batch",
+    "train.total_dialog_turns",
+    "train.topk_size",
+    "train.buffer_size",
+    "train.optim_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.max_bad_steps",
+    "train.logging_frequency",
+    "train_model.num_devices",
+    "train_model.num_threads",
+    "inference_model.num_devices",
+    "inference_model.max_tokens",
+    "inference_model.max_model_len",
+    "inference_model.num_threads",
+    "inference_model.kv_cache_gib",
+    "ref_model.num_devices",
+    "ref_model.num_threads",
+    "eval.num_prompts",
+    "eval.num_samples",
+)
+AT_LEAST_ZERO = (
+    "train.kl_to_ref_coeff",
+    "train.checkpoint_frequency",
+    "optimizer.weight_decay",
+    "optimizer.scheduler.warmup_steps",
+    "weight_update.probe_frequency",
+    "eval.frequency",
+    "eval.temperature",
+    "logging.num_samples",
+)
+ABOVE_ZERO = (
+    "train.minor_sft_beta",
+    "inference_model.temperature",
+    "optimizer.lr",
+    "optimizer.clip_grad_norm",
+    "optimizer.scheduler.num_cycles",
+    "weight_update.probe_tolerance",
+    "weight_update.timeout",
+)
+SHARES = ("inference_model.top_p", "inference_model.gpu_memory_utilization")
+WHY_TEMPERATURE = ": at 0 all responses to a prompt are alike and none is better than another"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SEED_LIMIT = 2**32
+
+
+def mode_belongs_to_script(cfg: Config, mode: str) -> None:
+    """Each script is one algorithm."""
+    asked = "sync" if cfg.train.sync else "async"
+    if asked != mode:
+        raise UserError(
+            f"mode={asked} (train.sync={str(cfg.train.sync).lower()}) does not run in expert-iteration-{mode}.py: "
+            f"use `python expert-iteration-{asked}.py mode={asked}`."
+        )
+
+
+def sizes_are_at_least_one(cfg: Config) -> None:
+    """Counts of things that a run cannot do without."""
+    _check_numbers(cfg, AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1")
+
+
+def amounts_are_not_negative(cfg: Config) -> None:
+    """Frequencies and strengths for which 0 means never or none."""
+    _check_numbers(cfg, AT_LEAST_ZERO, lambda value: 0 <= value < math.inf, "must be 0 or more")
+
+
+def amounts_are_above_zero(cfg: Config) -> None:
+    """Strengths for which 0 has no meaning."""
+    why = {"inference_model.temperature": WHY_TEMPERATURE}
+    _check_numbers(cfg, ABOVE_ZERO, lambda value: 0 < value < math.inf, "must be above 0", why)
+
+
+def shares_are_fractions(cfg: Config) -> None:
+    """Shares of a whole."""
+    _check_numbers(cfg, SHARES, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+
+
+def seeds_fit_every_generator(cfg: Config) -> None:
+    """NumPy takes 32 bits."""
+    for key in ("seed", "tiny.model_seed"):
+        value = _value(cfg, key)
+        if not 0 <= value < SEED_LIMIT:
+            raise UserError(f"{key} ({value}) must be from 0 to {SEED_LIMIT - 1}.")
+
+
+def group_has_two_responses(cfg: Config) -> None:
+    """One response alone is neither better nor worse."""
+    if cfg.env.repeats < 2:
+        raise UserError(
+            f"env.repeats ({cfg.env.repeats}) must be at least 2: a response is kept because it is better than others "
+            "to the same prompt."
+        )
+
+
+def topk_size_fits_group(cfg: Config) -> None:
+    """No more can be kept than there are."""
+    if cfg.train.topk_size > cfg.env.repeats:
+        raise UserError(
+            f"train.topk_size ({cfg.train.topk_size}) cannot exceed env.repeats ({cfg.env.repeats}): "
+            "raise env.repeats or lower train.topk_size."
+        )
+
+
+def batch_is_whole_groups(cfg: Config) -> None:
+    """Selection needs every response of a group in the same batch."""
+    batch, repeats = cfg.train.dialog_turns_per_batch, cfg.env.repeats
+    if batch % repeats:
+        below = batch // repeats * repeats
+        choices = f"{below} or {below + repeats}" if below else f"{repeats}"
+        raise UserError(
+            f"train.dialog_turns_per_batch ({batch}) must be a multiple of env.repeats ({repeats}): "
+            f"set train.dialog_turns_per_batch={choices}, or another env.repeats."
+        )
+
+
+def num_envs_fits_groups_and_batch(cfg: Config) -> None:
+    """The engine is asked for whole groups, or whole parts of one, and for a whole batch in the end."""
+    batch, repeats = cfg.train.dialog_turns_per_batch, cfg.env.repeats
+    num_envs = min(cfg.env.num_envs, batch)
+    if not _fits_groups_and_batch(num_envs, repeats, batch):
+        legal = [number for number in range(1, batch + 1) if _fits_groups_and_batch(number, repeats, batch)]
+        below, above = max(n for n in legal if n < num_envs), min(n for n in legal if n > num_envs)
+        raise UserError(
+            f"env.num_envs ({cfg.env.num_envs}) must be a multiple or a divisor of env.repeats ({repeats}) and divide "
+            f"the batch of {batch} turns (train.dialog_turns_per_batch): set env.num_envs={below} or {above}."
+        )
+
+
+def buffer_holds_a_batch(cfg: Config) -> None:
+    """In sync mode a smaller buffer would overwrite kept responses before they were trained on."""
+    size, sizes = cfg.train.buffer_size, derive_sizes(cfg)
+    if cfg.train.sync and size is not None and size < sizes.max_kept_per_batch:
+        raise UserError(
+            f"train.buffer_size ({size}) is too small: {sizes.turns_per_batch} turns / {cfg.env.repeats} repeats x "
+            f"{cfg.train.topk_size} kept = {sizes.max_kept_per_batch} responses that a batch can keep. Raise it, or "
+            "set train.buffer_size=null."
+        )
+
+
+def sync_iter_belongs_to_sync(cfg: Config) -> None:
+    """Asynchronous collection never waits, so there is nothing to choose."""
+    if cfg.train.sync and cfg.train.sync_iter is None:
+        raise UserError("train.sync_iter (null) must be true or false in sync mode.")
+    if not cfg.train.sync and cfg.train.sync_iter is not None:
+        raise UserError(
+            f"train.sync_iter ({str(cfg.train.sync_iter).lower()}) has a meaning in sync mode only: remove it, or run "
+            "`python expert-iteration-sync.py mode=sync`."
+        )
+
+
+def async_pushes_weights(cfg: Config) -> None:
+    """Without an interval the engine would never see a new policy."""
+    if not cfg.train.sync and cfg.train.weight_update_frequency is None:
+        raise UserError(
+            "train.weight_update_frequency (null) means before each new collection, which async mode does not have: "
+            "set a number of gradient steps."
+        )
+
+
+def minor_sft_stands_alone(cfg: Config) -> None:
+    """minor_sft has the reference in it already; TorchRL drops the KL term beside it."""
+    if cfg.train.loss_function is LossFunction.minor_sft and cfg.train.kl_to_ref_coeff:
+        raise UserError(
+            f"train.kl_to_ref_coeff ({cfg.train.kl_to_ref_coeff}) has no effect with train.loss_function=minor_sft: "
+            "set train.kl_to_ref_coeff=null (train.minor_sft_beta holds the policy back), or train.loss_function=sft."
+        )
+
+
+def mixed_precision_has_two_types(cfg: Config) -> None:
+    """Autocast to float32 changes nothing."""
+    if cfg.train.mixed_precision and cfg.train_model.torch_dtype is Dtype.float32:
+        raise UserError(
+            "train.mixed_precision (true) has no effect with train_model.torch_dtype=float32: set "
+            "train.mixed_precision=false, or train_model.torch_dtype=bfloat16."
+        )
+
+
+def gradient_checkpointing_needs_train_mode(cfg: Config) -> None:
+    """Transformers leaves it out in evaluation mode, without a word."""
+    if cfg.train_model.eval and cfg.train_model.gradient_checkpointing:
+        raise UserError(
+            "train_model.gradient_checkpointing (true) has no effect with train_model.eval=true: set one of them to "
+            "false."
+        )
+
+
+def response_fits_context(cfg: Config) -> None:
+    """The prompt needs room too."""
+    length, response = cfg.inference_model.max_model_len, cfg.inference_model.max_tokens
+    if length is not None and length <= response:
+        raise UserError(
+            f"inference_model.max_model_len ({length}) leaves no room for a prompt beside inference_model.max_tokens "
+            f"({response}): raise the first or lower the second."
+        )
+
+
+def kv_cache_gib_is_for_cpu(cfg: Config) -> None:
+    """vLLM sizes the cache on accelerators by gpu_memory_utilization."""
+    if cfg.device is Device.cuda and cfg.inference_model.kv_cache_gib is not None:
+        raise UserError(
+            f"inference_model.kv_cache_gib ({cfg.inference_model.kv_cache_gib}) has no effect with device=cuda: set it "
+            "to null and choose inference_model.gpu_memory_utilization."
+        )
+
+
+def betas_are_two_rates(cfg: Config) -> None:
+    """Adam keeps two running means."""
+    betas = cfg.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas ({betas}) must be two numbers from 0 to below 1, such as [0.9,0.999].")
+
+
+def warmup_is_fraction_or_steps(cfg: Config) -> None:
+    """From 1 on it counts optimizer steps."""
+    warmup = cfg.optimizer.scheduler.warmup_steps
+    if warmup >= 1 and warmup != int(warmup):
+        raise UserError(
+            f"optimizer.scheduler.warmup_steps ({warmup}) must be a fraction of the run below 1, or a whole number of "
+            "optimizer steps."
+        )
+
+
+def evaluation_samples_differ(cfg: Config) -> None:
+    """At temperature 0 every sample is the greedy response, which is evaluated anyway."""
+    if cfg.eval.temperature == 0 and cfg.eval.num_samples > 1:
+        raise UserError(
+            f"eval.num_samples ({cfg.eval.num_samples}) would be alike at eval.temperature=0: set eval.num_samples=1, "
+            "or a temperature above 0."
+        )
+
+
+def model_exists(cfg: Config) -> None:
+    """A path must lead to a model folder; anything else must look like a hub id."""
+    name = cfg.model.name
+    if os.path.isabs(name):
+        if not (Path(name) / "config.json").is_file():
+            raise UserError(
+                f"model.name ({name}) is a path, and no Hugging Face folder (with a config.json) is there: correct it, "
+                "or give a hub id such as Qwen/Qwen2.5-3B."
+            )
+    elif not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"model.name ({name!r}) is neither a path, which begins with /, . or ~, nor a hub id such as "
+            "Qwen/Qwen2.5-3B, nor tiny."
+        )
+
+
+def dataset_path_exists(cfg: Config) -> None:
+    """The task's data, unless the task makes its own."""
+    path = cfg.env.dataset_path
+    if path is None:
+        return
+    if cfg.env.dataset is Dataset.tiny:
+        raise UserError(
+            f"env.dataset_path ({path}) has no effect with env.dataset=tiny, which makes its own problems: set it to "
+            "null, or another env.dataset."
+        )
+    if not Path(path).exists():
+        raise UserError(f"env.dataset_path ({path}) does not exist: correct it, or set it to null for the hub's data.")
+
+
+def reward_function_has_a_place(cfg: Config) -> None:
+    """A module or a file, then a function's name."""
+    fn = cfg.reward.fn
+    if fn is None:
+        return
+    place, _, name = fn.rpartition(":")
+    is_module = all(part.isidentifier() for part in place.split("."))
+    if not name.isidentifier() or not (place.endswith(".py") or is_module):
+        raise UserError(f"reward.fn ({fn}) must be package.module:function or file.py:function.")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UserError(f"reward.fn ({fn}): the file {place} does not exist.")
+
+
+def wandb_can_be_reached(cfg: Config) -> None:
+    """W&B online needs a key; its mode needs W&B."""
+    mode = cfg.logging.mode
+    if mode is None:
+        return
+    if cfg.logging.backend is LoggingBackend.none:
+        raise UserError(
+            f"logging.mode ({mode}) has no effect with logging.backend=none: set it to null, or logging.backend=wandb."
+        )
+    if mode is LoggingMode.online and not os.environ.get("WANDB_API_KEY"):
+        raise UserError(
+            "logging.mode (online) needs an API key: export WANDB_API_KEY, or set logging.mode=offline "
+            "(`wandb sync` uploads later)."
+        )
+
+
+Rule = Callable[[Config], None]
+# In this order: the later ones divide by what the earlier ones checked.
+RULES: tuple[Rule, ...] = (
+    sizes_are_at_least_one,
+    amounts_are_above_zero,  # before the next, as eval.temperature follows inference_model.temperature
+    amounts_are_not_negative,
+    shares_are_fractions,
+    seeds_fit_every_generator,
+    group_has_two_responses,
+    topk_size_fits_group,
+    batch_is_whole_groups,
+    num_envs_fits_groups_and_batch,
+    buffer_holds_a_batch,
+    sync_iter_belongs_to_sync,
+    async_pushes_weights,
+    minor_sft_stands_alone,
+    mixed_precision_has_two_types,
+    gradient_checkpointing_needs_train_mode,
+    response_fits_context,
+    kv_cache_gib_is_for_cpu,
+    betas_are_two_rates,
+    warmup_is_fraction_or_steps,
+    evaluation_samples_differ,
+    model_exists,
+    dataset_path_exists,
+    reward_function_has_a_place,
+    wandb_can_be_reached,
+)
+
+
+def _check_numbers(
+    cfg: Config,
+    keys: Iterable[str],
+    holds: Callable[[float], bool],
+    rule: str,
+    why: dict[str, str] | None = None,
+) -> None:
+    """`holds` is written so that NaN fails it; a key that is null is left to its own meaning."""
+    for key in keys:
+        value = _value(cfg, key)
+        if value is not None and not holds(value):
+            reason = (why or {}).get(key, "")
+            raise UserError(f"{key} ({value}) {rule}{reason}.")
+
+
+def _value(cfg: Config, key: str) -> Any:
+    return reduce(getattr, key.split("."), cfg)
+
+
+def _fits_groups_and_batch(num_envs: int, repeats: int, batch: int) -> bool:
+    return (num_envs % repeats == 0 or repeats % num_envs == 0) and batch % num_envs == 0

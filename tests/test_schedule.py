@@ -1,0 +1,178 @@
+"""`expert_iteration.schedule`: the learning rate over a number of optimizer steps that is not known beforehand."""
+
+import io
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from expert_iteration.errors import UserError
+from expert_iteration.schedule import ProgressSchedule, create_cosine_scheduler_with_warmup, make_scheduler, plan
+
+# Factors are a few float64 operations on numbers of order 1.
+CLOSE = 1e-12
+
+
+def make_optimizer(lr: float = 1.0, groups: int = 2) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(groups)], lr=lr)
+
+
+def rates(scheduler, steps: int) -> list[float]:
+    """Learning rates of the next optimizer steps."""
+    found = []
+    for _ in range(steps):
+        found.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_cosine_is_that_of_hugging_face_after_the_warm_up():
+    ours = rates(create_cosine_scheduler_with_warmup(make_optimizer(), 4, 20), 20)
+    theirs = rates(get_cosine_schedule_with_warmup(make_optimizer(), 4, 20), 20)
+    assert ours[4:] == pytest.approx(theirs[4:], abs=CLOSE)
+    assert ours[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=CLOSE)  # theirs begins with a step at rate 0
+
+
+@pytest.mark.parametrize("shape", ["cosine_with_warmup", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 0.1, 5, 1])
+def test_the_first_step_counts_and_nothing_rises_after_the_warm_up(shape, warmup):
+    schedule = ProgressSchedule(shape, warmup, num_training_steps=50)
+    factors = [schedule(step) for step in range(200)]
+    peak = factors.index(1.0)
+    assert 0 < factors[0] <= 1
+    assert peak == {0: 0, 0.1: 4, 5: 4, 1: 0}[warmup]
+    assert all(a < b for a, b in pairwise(factors[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(factors[peak:]))
+    assert factors[49] > 0
+    assert factors[50:] == pytest.approx([1.0 if shape == "constant" else 0.0] * 150, abs=CLOSE)
+
+
+def test_linear_falls_by_equal_steps():
+    assert rates(make_scheduler(make_optimizer(2.0), settings("linear", 0), 4), 5) == [2.0, 1.5, 1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(("num_cycles", "last"), [(0.5, 0.0), (0.25, 0.5), (1.0, 1.0), (1.5, 0.0)])
+def test_num_cycles_is_honoured_and_the_end_is_held(num_cycles, last):
+    schedule = ProgressSchedule("cosine_with_warmup", 0, 40, num_cycles)
+    assert schedule(40) == pytest.approx(last, abs=CLOSE)
+    assert schedule(1000) == schedule(40)
+    if num_cycles == 1.5:
+        assert schedule(40 // 3) < 0.01
+        assert schedule(2 * 40 // 3) > 0.98
+
+
+def test_a_plan_spreads_the_progress_of_a_batch_over_its_steps():
+    schedule = ProgressSchedule("linear", 0, num_training_steps=1000)
+    schedule.plan(0, num_steps=4, until=0.2)
+    assert [schedule(step) for step in range(6)] == pytest.approx([1.0, 0.95, 0.9, 0.85, 0.8, 0.8], abs=CLOSE)
+    schedule.plan(4, num_steps=2, until=1.0)
+    assert [schedule(step) for step in range(4, 9)] == pytest.approx([0.8, 0.4, 0.0, 0.0, 0.0], abs=CLOSE)
+
+
+def test_a_warm_up_in_steps_ends_at_the_peak_wherever_the_plans_put_it():
+    """Steps 4 and 5 end the warm-up in the second batch, a quarter of the way: the decay has the other three."""
+    schedule = ProgressSchedule("linear", 5, num_training_steps=1000)
+    schedule.plan(0, num_steps=4, until=0.2)
+    assert [schedule(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8], abs=CLOSE)
+    schedule.plan(4, num_steps=2, until=0.3)
+    assert [schedule(4), schedule(5)] == [1.0, 1.0]
+    schedule.plan(6, num_steps=7, until=1.0)
+    assert schedule(6) == pytest.approx(0.7 / 0.75, abs=CLOSE)
+    assert schedule(13) == pytest.approx(0.0, abs=CLOSE)
+
+
+def test_a_batch_without_steps_moves_the_progress_on_at_once():
+    schedule = ProgressSchedule("linear", 0, num_training_steps=10)
+    schedule.plan(0, num_steps=0, until=0.5)
+    schedule.plan(0, num_steps=5, until=1.0)
+    assert [schedule(step) for step in range(6)] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.0], abs=CLOSE)
+
+
+def test_progress_never_goes_back():
+    schedule = ProgressSchedule("linear", 0, num_training_steps=10)
+    schedule.plan(5, num_steps=5, until=0.2)  # the guess at the start was too low: half of it is done already
+    assert [schedule(step) for step in (5, 7, 10)] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("warmup", [0.1, 6])
+def test_whatever_the_batches_keep_the_run_ends_at_the_end_of_the_cosine(warmup):
+    draw = random.Random(0)
+    for _ in range(20):
+        kept = [draw.randrange(8) for _ in range(30)] + [2]
+        scheduler = create_cosine_scheduler_with_warmup(make_optimizer(), warmup, num_training_steps=40)
+        found = []
+        for index, steps in enumerate(kept):
+            plan(scheduler, steps, until=(index + 1) / len(kept))
+            found += rates(scheduler, steps)
+        peak = found.index(max(found))
+        assert found[0] > 0
+        assert found[peak] > 0.98
+        assert all(a >= b for a, b in pairwise(found[peak:]))
+        assert 0 < found[-1] < 0.01
+        assert scheduler.optimizer.param_groups[1]["lr"] == pytest.approx(0.0, abs=CLOSE)
+
+
+def test_a_plan_changes_the_coming_rate_of_every_group():
+    scheduler = create_cosine_scheduler_with_warmup(make_optimizer(3.0), 0.5, num_training_steps=1000)
+    before = scheduler.get_last_lr()
+    plan(scheduler, num_steps=10, until=1.0)
+    assert before == pytest.approx([3.0 / 500] * 2, abs=CLOSE)
+    assert [group["lr"] for group in scheduler.optimizer.param_groups] == pytest.approx([0.6, 0.6], abs=CLOSE)
+    assert scheduler.get_last_lr() == pytest.approx([0.6, 0.6], abs=CLOSE)
+
+
+@pytest.mark.parametrize("warmup", [0.3, 8])
+def test_a_restored_scheduler_continues(warmup):
+    def start():
+        return create_cosine_scheduler_with_warmup(make_optimizer(), warmup, num_training_steps=100)
+
+    scheduler = start()
+    plan(scheduler, 20, until=0.5)
+    rates(scheduler, 15)
+    saved = io.BytesIO()
+    torch.save([scheduler.state_dict(), scheduler.optimizer.state_dict()], saved)
+    saved.seek(0)
+    state, optimizer_state = torch.load(saved, weights_only=True)
+    restored = start()
+    restored.optimizer.load_state_dict(optimizer_state)
+    restored.load_state_dict(state)
+    for which in (scheduler, restored):
+        rates(which, 5)
+        plan(which, 10, until=1.0)
+    assert rates(restored, 10) == rates(scheduler, 10)
+
+
+def settings(type_: str, warmup_steps: float, enabled: bool = True) -> SimpleNamespace:
+    return SimpleNamespace(enabled=enabled, type=type_, warmup_steps=warmup_steps, num_cycles=0.5)
+
+
+def test_the_scheduler_of_the_configuration():
+    assert rates(make_scheduler(make_optimizer(), settings("constant", 0.5), 4), 4) == [0.5, 1.0, 1.0, 1.0]
+    off = make_scheduler(make_optimizer(), settings("linear", 2, enabled=False), 4)
+    assert rates(off, 6) == [1.0] * 6
+    cosine = rates(make_scheduler(make_optimizer(), settings("cosine_with_warmup", 2), 9), 9)
+    assert cosine == rates(create_cosine_scheduler_with_warmup(make_optimizer(), 2, 9), 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("exponential", 0, 10), "cosine_with_warmup, linear, constant"),
+        (("linear", -1, 10), "warmup_steps"),
+        (("linear", 1.5, 10), "warmup_steps"),
+        (("linear", 0, 0), "at least one"),
+    ],
+)
+def test_what_makes_no_schedule_is_refused(arguments, words):
+    with pytest.raises(UserError, match=words):
+        ProgressSchedule(*arguments)
+
+
+@pytest.mark.parametrize(("num_steps", "until"), [(-1, 0.5), (1, 0.0), (1, 1.1)])
+def test_what_makes_no_plan_is_refused(num_steps, until):
+    with pytest.raises(ValueError, match="plan"):
+        ProgressSchedule("linear", 0, 10).plan(0, num_steps, until)

@@ -1,0 +1,99 @@
+"""Derived sizes and their arithmetic."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from expert_iteration.cli import compose_config
+from expert_iteration.config import Config
+from expert_iteration.resolve import resolve_config
+from expert_iteration.sizes import Sizes, derive_sizes, describe_sizes, optimizer_steps_of_batch
+
+
+@cache
+def loaded(task: str, mode: str) -> Config:
+    return resolve_config(compose_config(task, mode), mode)
+
+
+def sizes(task: str = "ei_tiny", mode: str = "sync", *, num_envs: int | None = None, **train: int) -> Sizes:
+    cfg = deepcopy(loaded(task, mode))
+    cfg.env.num_envs = num_envs or cfg.env.num_envs
+    cfg.train = replace(cfg.train, **train)
+    return derive_sizes(cfg)
+
+
+def test_sizes_of_the_tiny_run():
+    got = sizes()
+    assert (got.turns_per_batch, got.groups_per_batch, got.num_batches, got.num_envs) == (256, 32, 16, 256)
+    assert (got.max_kept_per_batch, got.buffer_size) == (64, 64)
+    # 64 / 16 = 4 micro-batches, twice over, in each of 16 batches
+    assert (got.max_gradient_steps, got.max_optimizer_steps) == (128, 128)
+
+
+def test_sizes_of_gsm8k_sync():
+    got = sizes("ei_gsm8k")
+    assert (got.turns_per_batch, got.groups_per_batch, got.num_batches) == (256, 8, 391)  # 390.6
+    assert (got.max_kept_per_batch, got.buffer_size) == (32, 32)  # turns x topk / repeats
+    assert got.max_gradient_steps == 391 * 4 * 8
+    assert got.max_optimizer_steps == 391 * 8
+
+
+def test_sizes_of_gsm8k_async():
+    got = sizes("ei_gsm8k", "async")
+    assert got.buffer_size == 256
+    assert got.max_gradient_steps == 391 * 32 // 4
+    assert got.max_optimizer_steps == 391 * 32 // 16
+
+
+def test_a_partial_accumulation_is_stepped_at_the_end_of_each_batch():
+    # 64 kept, 2 epochs: 8 gradient steps a batch, of which 3 + 3 + 2 make optimizer steps
+    assert sizes(gradient_accumulation_steps=3).max_optimizer_steps == 16 * 3
+
+
+def test_optimizer_steps_of_a_batch_follow_what_was_kept():
+    cfg = deepcopy(loaded("ei_tiny", "sync"))  # 2 epochs, micro-batches of 16
+    cfg.train.gradient_accumulation_steps = 3
+    assert [optimizer_steps_of_batch(cfg, kept) for kept in (0, 1, 16, 17, 64)] == [0, 1, 1, 2, 3]
+
+
+def test_the_last_micro_batch_of_an_epoch_is_smaller():
+    assert sizes(optim_batch_size=24).max_gradient_steps == 16 * 2 * 3  # 24 + 24 + 16
+
+
+@pytest.mark.parametrize(
+    ("total", "batch", "batches"), [(1, 8, 1), (8, 8, 1), (64, 64, 1), (100, 104, 1), (256, 256, 1), (257, 256, 2)]
+)
+def test_a_short_run_makes_a_smaller_batch_of_whole_groups(total, batch, batches):
+    got = sizes(total_dialog_turns=total)
+    assert (got.turns_per_batch, got.num_batches) == (batch, batches)
+    assert got.num_envs == batch
+    assert got.max_kept_per_batch == got.buffer_size == batch // 8 * 2
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("total", [1, 24, 40, 96, 200, 256])
+def test_num_envs_always_divides_the_batch_into_groups_or_parts_of_one(num_envs, total):
+    got = sizes(num_envs=num_envs, total_dialog_turns=total)
+    assert got.num_envs <= num_envs
+    assert got.turns_per_batch % got.num_envs == 0
+    assert got.num_envs % 8 == 0 or 8 % got.num_envs == 0
+
+
+def test_buffer_size_is_taken_as_given():
+    assert sizes(buffer_size=100).buffer_size == 100
+
+
+def test_sizes_are_described_with_their_arithmetic():
+    cfg = loaded("ei_tiny", "sync")
+    assert describe_sizes(derive_sizes(cfg), cfg) == [
+        "256 turns / 8 repeats = 32 groups; 2 kept each -> at most 64 responses a batch",
+        "4096 turns / 256 = 16 batches",
+        "engine: 256 turns / 256 asked at once = 1 calls a batch",
+        "64 responses / 16 a micro-batch, 2 epochs, 16 batches -> at most 128 gradient steps; "
+        "1 to an optimizer step -> at most 128",
+        "buffer: 64 responses",
+    ]
+    cfg = loaded("ei_gsm8k", "sync")
+    assert "100096 turns (rounded up from 100000) / 256 = 391 batches" in describe_sizes(derive_sizes(cfg), cfg)
