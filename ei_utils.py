@@ -63,7 +63,7 @@ class RemoteDataLogger:
     """Post-processing hook of the collector: sums up every batch and sends the record to the training process.
 
     Edit `log_data` to add metrics of what is collected. Records travel through a Ray queue, so that one process writes
-    all metrics; when nobody empties the queue the oldest records make room, and `collector/dropped_records` counts them.
+    all metrics. When nobody empties the queue the oldest records make room; `collector/dropped_records` counts them.
 
     Args:
         log_queue: a `ray.util.queue.Queue` of bounded size.
@@ -184,13 +184,13 @@ def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
 
 def get_inference_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocation, log_dir: Path) -> EngineClient:
     """Start vLLM with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
-    engine = ray.remote(
-        num_cpus=0,
-        num_gpus=len(allocation["inference_model_devices"]),
-        concurrency_groups=CONCURRENCY_GROUPS,
-        runtime_env={"env_vars": thread_environment(cfg.inference_model.num_threads)},
-    )(VLLMEngine)
-    actor = engine.remote(
+    actor = _start_actor(
+        VLLMEngine,
+        {
+            "num_gpus": len(allocation["inference_model_devices"]),
+            "concurrency_groups": CONCURRENCY_GROUPS,
+            "runtime_env": {"env_vars": thread_environment(cfg.inference_model.num_threads)},
+        },
         model_path(cfg),
         cfg.inference_model,
         stop_token_ids=[end_of_turn_id(tokenizer)],
@@ -203,22 +203,16 @@ def get_inference_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocatio
 def get_ref_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocation, log_dir: Path) -> ReferenceClient:
     """Start the frozen start model in an actor of its own; returns at once."""
     devices = allocation["ref_model_devices"]
-    actor = (
-        ray.remote(ReferenceActor)
-        .options(
-            num_cpus=0,
-            num_gpus=len(devices),
-            runtime_env={"env_vars": thread_environment(cfg.ref_model.num_threads)},
-        )
-        .remote(
-            model_path(cfg),
-            dtype=cfg.ref_model.torch_dtype.value,
-            attn_implementation=cfg.ref_model.attn_implementation,
-            device="cuda" if devices else "cpu",
-            pad_token_id=pad_id(tokenizer),
-            micro_batch_size=cfg.env.num_envs,
-            log_path=str(log_dir / "reference.log"),
-        )
+    actor = _start_actor(
+        ReferenceActor,
+        {"num_gpus": len(devices), "runtime_env": {"env_vars": thread_environment(cfg.ref_model.num_threads)}},
+        model_path(cfg),
+        dtype=cfg.ref_model.torch_dtype.value,
+        attn_implementation=cfg.ref_model.attn_implementation,
+        device="cuda" if devices else "cpu",
+        pad_token_id=pad_id(tokenizer),
+        micro_batch_size=cfg.env.num_envs,
+        log_path=str(log_dir / "reference.log"),
     )
     return ReferenceClient(actor)
 
@@ -252,10 +246,9 @@ def make_collector(
     cfg: Config, engine: EngineClient, reference: ReferenceClient, replay_buffer: Any, log_queue: Any, log_dir: Path
 ) -> CollectorClient:
     """Start the collector's actor; returns what the trainer iterates over."""
-    actor = (
-        ray.remote(_CollectorActor)
-        .options(**{"num_cpus": 0, **_given(cfg.ray.collector_config)})
-        .remote(cfg, engine, reference, replay_buffer, log_queue, str(log_dir / "collector.log"))
+    log_path = str(log_dir / "collector.log")
+    actor = _start_actor(
+        _CollectorActor, _given(cfg.ray.collector_config), cfg, engine, reference, replay_buffer, log_queue, log_path
     )
     # With sync_iter=false the engine generates the next batch while the learner trains on this one.
     return CollectorClient(actor, derive_sizes(cfg).num_batches, overlap=cfg.train.sync_iter is False)
@@ -368,6 +361,11 @@ def autocast_dtype(cfg: Config) -> torch.dtype | None:
     """In which the policy's forward pass computes, None without mixed precision."""
     dtype = getattr(torch, cfg.train_model.torch_dtype.value)
     return dtype if cfg.train.mixed_precision and dtype is not torch.float32 else None
+
+
+def _start_actor(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A Ray actor that reserves no CPU unless the options say so: on few cores the processes share them."""
+    return ray.remote(**{"num_cpus": 0} | options)(actor_class).remote(*args, **kwargs)
 
 
 def _describe(name: str, values: torch.Tensor) -> dict[str, float]:

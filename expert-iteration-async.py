@@ -1,26 +1,24 @@
-"""Asynchronous expert iteration: one loop imitates the best responses while the next are being collected.
+"""Asynchronous expert iteration: collect in the background, train on what the buffer holds, push weights now and then.
 
     python expert-iteration-async.py mode=async                         # GSM8K, three GPUs
-    python expert-iteration-async.py mode=async --config-name ei_tiny   # a tiny model, on a CPU
 
-Any key of `config/` may be overridden on the command line, e.g. `train.topk_size=8`; `--cfg job` shows what results.
+The command line and the configuration are complete; the loop is not there yet, and a run is refused with the command
+that does the same work synchronously.
 """
 
 from pathlib import Path
 
 from expert_iteration import cli
 from expert_iteration.config import Config
-
-
-def train() -> None:
-    """The algorithm."""
+from expert_iteration.errors import UserError
 
 
 def main(cfg: Config, run_dir: Path) -> None:
-    """Builds the parts and trains; `ei_utils` is imported here because it takes seconds to load."""
-    import ei_utils
-
-    ei_utils.run(cfg, train, run_dir)
+    """Refuses to run."""
+    raise UserError(
+        "Asynchronous training is not available in this version: use `python expert-iteration-sync.py mode=sync` with "
+        "the same overrides; train.sync_iter=false there generates the next batch while it trains."
+    )
 
 
 if __name__ == "__main__":

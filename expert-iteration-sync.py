@@ -3,8 +3,8 @@
     python expert-iteration-sync.py mode=sync                           # GSM8K, three GPUs
     python expert-iteration-sync.py mode=sync --config-name ei_tiny     # a tiny model, on a CPU
 
-Unlike the textbook's, the policy is fine-tuned on each batch's expert responses from where it stands, not from the start
-model, and a KL penalty in the loss holds it near that model.
+Unlike the textbook's, the policy goes on from where it stands after each batch, not from the start model; a KL penalty
+in the loss holds it near that model.
 
 Any key of `config/` may be overridden on the command line, e.g. `train.topk_size=8`; `--cfg job` shows what results.
 """

@@ -18,6 +18,7 @@ MAX_MARKED_POINTS = 40
 COLORS, DASHES, MARKERS = ("#1f5fa8", "#c8590c"), ("-", "--"), (("o", "●"), ("s", "■"))
 CHART_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -197,7 +197,7 @@ class InferenceModelConfig:
     max_model_len: int | None
     """Tokens per prompt and response together at most; null: the model's own context length."""
     include_stop_str_in_output: bool
-    """Whether the end-of-turn text stays in the response that rewards and people read."""
+    """Whether the end-of-turn token that stopped a response is part of it, and thus trained. Texts never show it."""
     enforce_eager: bool
     """Whether the engine runs without CUDA graphs and compilation."""
     enable_prefix_caching: bool

@@ -108,7 +108,7 @@ class Metrics:
             self._window = []
 
     def drain(self, step: int) -> None:
-        """Log what is due beside training: every record that waits in the queue, a line each, and the timings so far."""
+        """Log what is due beside training: every record that waits in the queue, a line each, and the timings."""
         while True:
             try:
                 record = self._queue.get_nowait()
@@ -208,7 +208,7 @@ def make_wandb_logger(cfg: Config, run_dir: Path, mode_name: str) -> WandbRunLog
             # TorchRL's list of installed packages is stored as config["env"], in place of our section of that name.
             log_env_packages=False,
             resume=None,
-            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT),
+            settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),
         )
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]

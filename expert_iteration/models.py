@@ -54,7 +54,7 @@ def load_model(name: str, *, dtype: str, attn_implementation: str, device: str) 
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
     return model.to(device).eval()
 
 

@@ -1,4 +1,4 @@
-"""Log-probs under the reference model, for the responses that were kept and no others."""
+"""Reference log-probs beside the data: the transform that adds them to the responses that were kept, and no others."""
 
 from __future__ import annotations
 
@@ -6,72 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase, lazy_stack
-from torch import nn
 from torchrl.data import Composite, Unbounded
 from torchrl.envs.llm.transforms import RetrieveLogProb as TorchRLRetrieveLogProb
 from torchrl.envs.transforms import Transform
 
-from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY, pad_rows, token_log_probs
+from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY
 
 Scorer = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
-
-
-class ReferenceScorer:
-    """Scores token ids with a frozen model; a plain class that an actor may own.
-
-    Args:
-        model: a Hugging Face causal language model, on the device where it is to run; it is put in eval mode.
-        pad_token_id: any valid id; padding is masked.
-        micro_batch_size: rows that go through the model at once; what bounds the memory.
-        autocast_dtype: precision of the forward pass; None: that of the parameters. With the learner's dtype over
-            float32 weights the KL of an untrained policy is 0 but for the padding's rounding.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        pad_token_id: int,
-        micro_batch_size: int,
-        autocast_dtype: torch.dtype | None = None,
-    ):
-        self.model = model.eval()
-        self.pad_token_id = pad_token_id
-        self.micro_batch_size = micro_batch_size
-        self.device = next(model.parameters()).device
-        self._autocast = torch.autocast(self.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
-
-    @torch.inference_mode()
-    def score(
-        self, rows: Sequence[torch.Tensor] | torch.Tensor, mask: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
-        """Log-prob of each token given its predecessors, by row.
-
-        Args:
-            rows: int64 ids [T_i] of each row; or padded ids [B, T] together with `mask`.
-            mask: [B, T], true on the tokens of a row (padding may be on either side).
-
-        Returns:
-            float32 [T_i] on the CPU for each row, in the order given; position 0 is 0.
-        """
-        if mask is not None:
-            rows = [ids[keep] for ids, keep in zip(rows, mask.bool(), strict=True)]
-        # Rows of like length share a micro-batch, so that little of it is padding.
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        scored: dict[int, torch.Tensor] = {}
-        for start in range(0, len(order), self.micro_batch_size):
-            indices = order[start : start + self.micro_batch_size]
-            log_probs = self._score_micro_batch([rows[index] for index in indices])
-            scored.update(zip(indices, log_probs, strict=True))
-        return [scored[index] for index in range(len(rows))]
-
-    __call__ = score
-
-    def _score_micro_batch(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        input_ids, attention_mask = pad_rows(rows, self.pad_token_id)
-        with self._autocast:
-            log_probs = token_log_probs(self.model, input_ids.to(self.device), attention_mask.to(self.device))
-        # Copies, for a slice would keep (and pickle) the padded batch it is a view of.
-        return [values[: len(row)].clone() for values, row in zip(log_probs.cpu(), rows, strict=True)]
 
 
 class RetrieveLogProb(TorchRLRetrieveLogProb):

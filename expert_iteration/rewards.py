@@ -6,14 +6,13 @@ special tokens. Your own plugs in with `reward.fn=package.module:function` or `r
 a reward that is not finite leaves its response out. It is called in the collector's process with all responses of an
 engine batch, so it may ask a model or a service for many at once.
 
-TorchRL and IFEval's libraries are imported when the first IFEval response is scored.
+IFEval's are in `ifeval.py`.
 """
 
 import functools
 import hashlib
 import importlib
 import importlib.util
-import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -27,15 +26,11 @@ from expert_iteration.errors import UserError
 if TYPE_CHECKING:
     from expert_iteration.tasks import Problem
 
-logger = logging.getLogger(__name__)
-
 RewardFn = Callable[[Sequence["Problem"], Sequence[str]], list[float]]
 CorrectFn = Callable[[Sequence["Problem"], Sequence[str]], list[bool]]
 
-IFEVAL_REQUIREMENTS = ("nltk", "langdetect", "immutabledict")
-
-_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 _INTEGER = re.compile(r"[+-]?\d+")
 
@@ -64,7 +59,7 @@ def gsm8k_correct(response: str, answer: str) -> bool:
         response: text, special tokens removed.
         answer: the ground truth, bare or ending in `#### 72`.
     """
-    given = _inside(_ANSWER, response)
+    given = _inside(ANSWER, response)
     return given != "" and _value(given) == _ground_truth(answer)
 
 
@@ -75,12 +70,12 @@ def gsm8k_reward(response: str, answer: str) -> float:
     """
     if gsm8k_correct(response, answer):
         return 1.0
-    return 0.1 if _inside(_ANSWER, response) else 0.0
+    return 0.1 if _inside(ANSWER, response) else 0.0
 
 
 def tiny_correct(response: str, answer: str) -> bool:
     """Whether `<answer>` holds the right integer."""
-    given = _inside(_ANSWER, response)
+    given = _inside(ANSWER, response)
     return _INTEGER.fullmatch(given) is not None and Decimal(given) == _ground_truth(answer)
 
 
@@ -90,10 +85,10 @@ def tiny_reward(response: str, answer: str) -> float:
     A wrong response earns 0.1 for a thought and 0.1 for any integer. Closeness earns nothing: it would let wrong
     responses win whole groups.
     """
-    thought = _inside(_THINK, response) != ""
+    thought = _inside(THINK, response) != ""
     if tiny_correct(response, answer):
         return 1.0 if thought else 0.9
-    return 0.1 * (thought + (_INTEGER.fullmatch(_inside(_ANSWER, response)) is not None))
+    return 0.1 * (thought + (_INTEGER.fullmatch(_inside(ANSWER, response)) is not None))
 
 
 def score_each(score: Callable[[str, str], Any], problems: Sequence["Problem"], responses: Sequence[str]) -> list[Any]:
@@ -107,87 +102,11 @@ tiny_rewards: RewardFn = functools.partial(score_each, tiny_reward)
 tiny_corrects: CorrectFn = functools.partial(score_each, tiny_correct)
 
 
-def ifeval_rewards(problems: Sequence["Problem"], responses: Sequence[str]) -> list[float]:
-    """TorchRL's IFEval reward, 0 to 1.15: shares of followed instructions plus 0.15 for the think and answer tags.
-
-    As in TorchRL, only what stands in the first `<answer>` is judged; without one no instruction counts as followed.
-    """
-    return [_ifeval_score(problem, response)[0] for problem, response in zip(problems, responses, strict=True)]
-
-
-def ifeval_corrects(problems: Sequence["Problem"], responses: Sequence[str]) -> list[bool]:
-    """Whether every instruction is followed (IFEval's prompt-level strict accuracy), judged as in `ifeval_rewards`."""
-    return [_ifeval_score(problem, response)[1] for problem, response in zip(problems, responses, strict=True)]
-
-
-def check_ifeval_requirements() -> None:
-    """Refuse early, and without importing them, when a library of the IFEval scorer is missing."""
-    missing = [name for name in IFEVAL_REQUIREMENTS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"env.dataset=ifeval needs {', '.join(missing)} to score responses: pip install -r requirements_ifeval.txt."
-        )
-
-
-@functools.cache
-def _ifeval_scorer() -> Any:
-    """TorchRL's scorer, once a process, made repeatable and independent of nltk's data files."""
-    check_ifeval_requirements()
-    import langdetect
-    from torchrl.envs.llm.reward.ifeval import IfEvalScorer
-
-    # langdetect draws at random for short texts unless it is seeded.
-    langdetect.DetectorFactory.seed = 0
-    _make_independent_of_punkt()
-    return IfEvalScorer()
-
-
-def _make_independent_of_punkt() -> None:
-    """Let two instruction kinds work without nltk's punkt_tab data, which no package ships.
-
-    length_constraints:number_sentences then splits sentences with the scorer's own regular expressions, and
-    change_case:capital_word_frequency takes the text as one sentence (a full stop inside it stays with its word,
-    which counts all the same). With punkt_tab installed (`python -m nltk.downloader punkt_tab`) nothing is replaced.
-    """
-    import nltk
-    from torchrl.envs.llm.reward.ifeval import _instructions, _instructions_util
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError:
-        logger.warning("nltk's punkt_tab is not installed: IFEval counts sentences with regular expressions instead.")
-        _instructions.count_sentences = lambda text: len(_instructions_util.split_into_sentences(text))
-        _instructions.nltk = _NltkWithoutPunkt
-
-
-class _NltkWithoutPunkt:
-    """Stands for the one function of nltk that TorchRL's instruction checkers call."""
-
-    @staticmethod
-    def word_tokenize(text: str) -> list[str]:
-        import nltk
-
-        return nltk.word_tokenize(text, preserve_line=True)
-
-
-def _ifeval_score(problem: "Problem", response: str) -> tuple[float, bool]:
-    """Reward, and whether every instruction is followed."""
-    scorer = _ifeval_scorer()
-    from tensordict import NonTensorData, TensorDict
-    from torchrl.envs.llm.reward.ifeval._scorer import _process_results
-
-    answers = _ANSWER.findall(response)
-    row = TensorDict({name: NonTensorData(problem.metadata[name]) for name in ("key", "instruction_id_list", "kwargs")})
-    score = _process_results(row, answers[0] if answers else "", prompt=problem.question)
-    reward = scorer.default_reward_aggregator(score, think_blocks=_THINK.findall(response), answer_blocks=answers)
-    return float(reward), bool(score.prompt_level_strict_acc)
-
-
 def load_reward_fn(spec: str) -> RewardFn:
     """The user's batched reward function, its result checked for length and type at each call.
 
-    Call it in each process that scores, with the same `spec`: a function from a file is no importable module, so it
-    does not survive pickling. A relative path is looked up from the current directory of that process.
+    What it gives crosses processes as `spec` and is loaded again there, because Ray pickles modules by reference and
+    a file is no importable module. A relative path is looked up from the current directory of each process.
 
     Args:
         spec: `package.module:function` or `path/to/file.py:function`.
@@ -195,6 +114,31 @@ def load_reward_fn(spec: str) -> RewardFn:
     Raises:
         UserError: no such module, file or function, or not callable. What the module itself raises is not caught.
     """
+    return _UserReward(spec)
+
+
+class _UserReward:
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self._function = _find_function(spec)
+
+    def __reduce__(self) -> tuple[type["_UserReward"], tuple[str]]:
+        return _UserReward, (self._spec,)
+
+    def __call__(self, problems: Sequence["Problem"], responses: Sequence[str]) -> list[float]:
+        rewards = self._function(problems, responses)
+        try:
+            values = [float(reward) for reward in rewards]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"reward.fn={self._spec} gave {str(rewards)[:200]}: return a list of numbers.") from error
+        if len(values) != len(responses):
+            raise UserError(
+                f"reward.fn={self._spec} gave {len(values)} rewards for {len(responses)} responses: return one each."
+            )
+        return values
+
+
+def _find_function(spec: str) -> Callable[..., Any]:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise UserError(
@@ -205,8 +149,8 @@ def load_reward_fn(spec: str) -> RewardFn:
         raise UserError(f"reward.fn={spec}: {place} defines no {name!r}: correct the name after the colon.")
     function = vars(module)[name]
     if not callable(function):
-        raise UserError(f"reward.fn={spec}: {name!r} is a {type(function).__name__}, not a function: name a function.")
-    return functools.partial(_checked_rewards, spec, function)
+        raise UserError(f"reward.fn={spec}: {name!r} is of type {type(function).__name__}: name a function.")
+    return function
 
 
 def _module_by_name(spec: str, name: str) -> ModuleType:
@@ -236,14 +180,3 @@ def _module_from_file(spec: str, path: Path) -> ModuleType:
     sys.modules[name] = module
     module_spec.loader.exec_module(module)
     return module
-
-
-def _checked_rewards(spec: str, function: Any, problems: Sequence["Problem"], responses: Sequence[str]) -> list[float]:
-    rewards = function(problems, responses)
-    try:
-        values = [float(reward) for reward in rewards]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward.fn={spec} gave {rewards!r:.200}: return a list of numbers.") from error
-    if len(values) != len(responses):
-        raise UserError(f"reward.fn={spec} gave {len(values)} rewards for {len(responses)} responses: return one each.")
-    return values

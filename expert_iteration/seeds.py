@@ -8,6 +8,6 @@ import zlib
 def derive_seed(seed: int, *labels: str | int) -> int:
     """A 32-bit seed for one part of a run: equal for equal labels, in every process and on every machine.
 
-    Unlike `hash`, CRC-32 does not vary between processes; unlike `seed + i`, streams of neighbouring seeds do not overlap.
+    Unlike `hash`, CRC-32 does not vary between processes; unlike `seed + i`, neighbouring seeds share no stream.
     """
     return zlib.crc32("/".join(map(str, (seed, *labels))).encode())

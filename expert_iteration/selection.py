@@ -193,7 +193,8 @@ def _as_row(td: TensorDictBase) -> TensorDictBase:
 
 def _as_key(value: Any) -> Hashable:
     """A group's identity, hashable: the integer in a tensor of one element, or the string."""
-    value = value.tolist() if not isinstance(value, str) else value
+    if not isinstance(value, str | list):
+        value = value.tolist()
     while isinstance(value, list):
         (value,) = value
     return value

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expert_iteration import rewards, tiny
+from expert_iteration import ifeval, rewards, tiny
 from expert_iteration.errors import UserError
 from expert_iteration.rewards import CorrectFn, RewardFn
 from expert_iteration.rows import read_hub, read_path
@@ -104,7 +104,7 @@ def _tiny_task(cfg: "Config") -> Task:
 
 def _task_from_rows(name: str, source: Source, cfg: "Config") -> Task:
     if name == "ifeval":
-        rewards.check_ifeval_requirements()
+        ifeval.check_requirements()
     if cfg.env.dataset_path is None:
         splits, where = read_hub(source.hub_id, source.hub_config), source.hub_id
     else:
@@ -243,7 +243,7 @@ SOURCES = {
             "Plan your response between <think> and </think>. Then write it between <answer> and </answer>, "
             "following every instruction of the user there."
         ),
-        reward=rewards.ifeval_rewards,
-        correct=rewards.ifeval_corrects,
+        reward=ifeval.ifeval_rewards,
+        correct=ifeval.ifeval_corrects,
     ),
 }

@@ -130,7 +130,7 @@ class Recipe:
     clip_grad_norm: float = 1.0
     prompt_weight: float = 0.3
     """Weight of the mean prompt-token loss beside the mean response-token loss."""
-    teacher: dict[str, tuple[float, float]] = field(default_factory=lambda: {"-": (0.30, 0.60), "+": (0.40, 0.40)})
+    teacher: dict[str, tuple[float, float]] = field(default_factory=lambda: {"-": (0.32, 0.60), "+": (0.42, 0.40)})
     """Second operator -> shares of (careful, hasty) responses; the rest forgets the answer tag."""
 
     def digest(self) -> str:

@@ -6,6 +6,7 @@ Importing this module registers the transport with vLLM, so only processes that 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -51,7 +52,8 @@ class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         """Load the file's tensors (mapped, not copied) into the model."""
         weights = torch.load(update_info.path, map_location="cpu", mmap=True, weights_only=True)
-        self.model.load_weights(weights.items())
+        model: Any = self.model  # every vLLM model has load_weights, which torch's Module does not know
+        model.load_weights(weights.items())
 
     def finish_weight_update(self) -> None:
         """Pack the layers again."""

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torchrl._utils import timeit
 
-from expert_iteration.loss import token_log_probs
+from expert_iteration.log_probs import token_log_probs
 
 # Largest difference of a token's log-prob between trainer and engine. In float32 two implementations differ by about
 # 1e-5; a dropped lm_head shows as 0.6 after one optimizer step of the tiny model. Half precision rounds logits of size
@@ -188,7 +188,8 @@ class WeightUpdater:
         return (
             f"The engine does not hold the trainer's weights (version {self.policy_version}, push {self.pushes}). "
             f"Worst token: id {self._probe[worst.sequence][worst.position]} at position {worst.position} of probe "
-            f"sequence {worst.sequence}: log-prob {worst.trainer:.5f} in the trainer, {worst.engine:.5f} in the engine, "
+            f"sequence {worst.sequence}: log-prob {worst.trainer:.5f} in the trainer, {worst.engine:.5f} in the "
+            "engine: "
             f"{worst.difference:.2g} apart; weight_update.probe_tolerance is {self.tolerance:g} "
             f"(engine {self._wire_dtype}, trainer {self._autocast_dtype or torch.float32}). "
             f"Parameters expected but not sent: {', '.join(missing) or 'none'}."

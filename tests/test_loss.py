@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from expert_iteration.errors import UserError
-from expert_iteration.loss import SFTLoss, collate, pad_rows, token_log_probs
+from expert_iteration.log_probs import pad_rows, token_log_probs
+from expert_iteration.loss import SFTLoss, collate
 
 VOCABULARY = 300
 SHAPES = [(3, 5), (6, 2), (1, 9), (4, 4)]

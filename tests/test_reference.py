@@ -9,8 +9,10 @@ from torchrl.data import Composite, LazyStackStorage, ReplayBuffer
 from torchrl.envs.transforms import Compose
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from expert_iteration.loss import SFTLoss, token_log_probs
-from expert_iteration.reference import ReferenceScorer, RetrieveLogProb
+from expert_iteration.log_probs import token_log_probs
+from expert_iteration.loss import SFTLoss
+from expert_iteration.reference import RetrieveLogProb
+from expert_iteration.scorer import ReferenceScorer
 from expert_iteration.selection import TopKRewardSelector
 
 VOCABULARY = 50

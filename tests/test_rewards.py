@@ -1,4 +1,4 @@
-"""`expert_iteration.rewards`: the tables of each reward, TorchRL's values, and a user's own function."""
+"""`expert_iteration.rewards` and `ifeval`: the tables of each reward, TorchRL's values, and a user's own function."""
 
 import logging
 import pickle
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_iteration import rewards
+from expert_iteration import ifeval, rewards
 from expert_iteration.errors import UserError
 from expert_iteration.tasks import Problem
 
@@ -137,8 +137,8 @@ TWO_CAPITALS = ("change_case:capital_word_frequency", {"capital_relation": "at l
     ],
 )
 def test_ifeval_reward_and_pass(problem, response, reward, correct):
-    assert rewards.ifeval_rewards([problem], [response]) == [pytest.approx(reward)]
-    assert rewards.ifeval_corrects([problem], [response]) == [correct]
+    assert ifeval.ifeval_rewards([problem], [response]) == [pytest.approx(reward)]
+    assert ifeval.ifeval_corrects([problem], [response]) == [correct]
 
 
 def test_missing_punkt_is_said_once_a_process(caplog):
@@ -147,18 +147,18 @@ def test_missing_punkt_is_said_once_a_process(caplog):
     try:
         nltk.data.find("tokenizers/punkt_tab/english/")
     except LookupError:
-        rewards._ifeval_scorer.cache_clear()
+        ifeval._scorer.cache_clear()
         with caplog.at_level(logging.WARNING):
-            rewards.ifeval_rewards([ifeval_problem(THREE_SENTENCES)] * 3, [answered("One.")] * 3)
+            ifeval.ifeval_rewards([ifeval_problem(THREE_SENTENCES)] * 3, [answered("One.")] * 3)
         assert sum("punkt_tab" in record.message for record in caplog.records) == 1
     else:
         pytest.skip("punkt_tab is installed")
 
 
 def test_missing_ifeval_library_is_refused_with_the_requirements_file(monkeypatch):
-    monkeypatch.setattr(rewards, "IFEVAL_REQUIREMENTS", ("nltk", "no_such_library"))
+    monkeypatch.setattr(ifeval, "REQUIREMENTS", ("nltk", "no_such_library"))
     with pytest.raises(UserError, match=r"no_such_library.*requirements_ifeval\.txt"):
-        rewards.check_ifeval_requirements()
+        ifeval.check_requirements()
 
 
 # A user's function
@@ -193,26 +193,27 @@ def test_function_from_a_file(reward_file):
     assert rewards.load_reward_fn(f"{reward_file}:by_length")(PROBLEMS, ["a", "bcd"]) == [1.0, 3.0]
 
 
-def test_function_from_a_file_is_there_in_another_process(reward_file):
+def test_function_from_a_file_reaches_another_process(reward_file, tmp_path):
+    loaded = rewards.load_reward_fn(f"{reward_file}:by_length")
+    (tmp_path / "pickled").write_bytes(pickle.dumps(loaded))
     code = (
-        "from expert_iteration.rewards import load_reward_fn\n"
-        f"assert load_reward_fn({f'{reward_file}:by_length'!r})([None], ['abcd']) == [4.0]"
+        "import pickle, sys, pathlib\n"
+        "loaded = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "assert loaded([None], ['abcd']) == [4.0]"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "pickled")], cwd=ROOT, check=True)
 
 
 def test_function_from_a_package():
     loaded = rewards.load_reward_fn("expert_iteration.rewards:tiny_rewards")
     assert loaded(PROBLEMS, ["<answer>1</answer>", ""]) == [0.9, 0.0]
-    # Unlike one from a file, it crosses processes by reference.
-    assert pickle.loads(pickle.dumps(loaded))(PROBLEMS, ["", ""]) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("missing", "defines no 'missing'"),
-        ("number", "'number' is a int, not a function"),
+        ("number", "'number' is of type int"),
         ("", "names no function"),
     ],
 )

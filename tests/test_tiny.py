@@ -105,7 +105,7 @@ def test_example_of_a_right_response():
     assert tiny.respond(tiny.Combination("+-", 2, 4, 3), "careful") == "<think>2+4=6, 6-3=3</think><answer>3</answer>"
 
 
-@pytest.mark.parametrize(("ops", "shares"), [("+-", (0.30, 0.60, 0.10)), ("*+", (0.40, 0.40, 0.20))])
+@pytest.mark.parametrize(("ops", "shares"), [("+-", (0.32, 0.60, 0.08)), ("*+", (0.42, 0.40, 0.18))])
 def test_teacher_is_sloppy_in_the_shares_of_the_recipe(ops, shares):
     combination, rng, draws = tiny.Combination(ops, 5, 5, 3), random.Random(0), 10_000
     counts = Counter(tiny.sloppy_response(combination, rng, tiny.Recipe()) for _ in range(draws))
