@@ -91,8 +91,9 @@ class ExpertCollector:
         self._num_sample_groups = num_sample_groups
         self._turns = self._empty_batches = 0
         self._pending: tuple[TensorDictBase | None, CollectedBatch] | None = None
+        env = make_env()
         self._collector = LLMCollector(
-            make_env(),
+            env,
             policy=policy,
             dialog_turns_per_batch=dialog_turns_per_batch,
             # Endless: TorchRL counts its own frames; ours are counted in batches, so the end can be seen.
@@ -100,6 +101,9 @@ class ExpertCollector:
             flatten_data=True,
             postproc=postproc,
         )
+        # Its constructor resets the environment once, to see what rows look like. The prompts drawn for that would be
+        # skipped, and with env.num_envs below env.repeats every batch would begin in the middle of a group.
+        env.reset_dataloader()
         self._batches: Iterator[TensorDictBase] = iter(self._collector)
 
     def collect(self) -> None:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 UNSCOPED = ("learning_rate", "optim_step")  # the published scripts' names, kept without a scope
-CUMULATIVE = ("learning_rate", "optim_step", "train/data_read_count")  # of a window the last value says where we are
+# Where the run stands, not what a step measured: of several gradient steps the last one's counts.
+CUMULATIVE = ("learning_rate", "optim_step", "train/data_read_count", "buffer/write_count")
 SAMPLE_COLUMNS = ("step", "split", "prompt", "response", "reward", "kept")
 WANDB_TIMEOUT = 30  # seconds to reach the W&B server; its own default of 90 is a long silence before a run
 
@@ -208,7 +209,7 @@ def make_wandb_logger(cfg: Config, run_dir: Path, mode_name: str) -> WandbRunLog
             # TorchRL's list of installed packages is stored as config["env"], in place of our section of that name.
             log_env_packages=False,
             resume=None,
-            settings=wandb.Settings(console="off", init_timeout=WANDB_TIMEOUT),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT),
         )
     except wandb.errors.Error as error:
         reason = str(error).splitlines()[0]

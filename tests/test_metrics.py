@@ -144,8 +144,8 @@ def test_training_writes_means_and_loses_nothing(tmp_path):
 
 
 def test_summarize_takes_means_of_measurements_and_the_last_of_counts():
-    records = [{"train/loss": 1.0, "train/data_read_count": 16}, {"train/loss": 2.0, "train/data_read_count": 32}]
-    assert summarize(records) == {"train/loss": 1.5, "train/data_read_count": 32}
+    records = [{"train/loss": 1.0, "buffer/write_count": 16}, {"train/loss": 2.0, "buffer/write_count": 32}]
+    assert summarize(records) == {"train/loss": 1.5, "buffer/write_count": 32}
 
 
 def test_drain_logs_every_waiting_record(tmp_path):

@@ -132,6 +132,10 @@ def test_each_number_of_the_task_is_one_token(tokenizer):
         assert tokenizer.convert_ids_to_tokens(ids).count(str(number)) == 3 + (number == 5)
 
 
+def test_longer_numbers_are_read_digit_by_digit(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(tokenizer("1234")["input_ids"]) == ["1", "2", "3", "4"]
+
+
 def test_right_response_has_18_tokens_and_a_prompt_about_48(tokenizer):
     problems = tiny.train_problems()
     for problem in problems[:200]:
@@ -236,14 +240,16 @@ def test_learning_rate_warms_up_then_falls_to_zero():
     assert factors[100] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_same_seed_gives_the_same_bits_whatever_the_caller_did_before(tmp_path, folder):
-    threads = torch.get_num_threads()
+def test_same_seed_gives_the_same_bits_whatever_the_caller_did_before(tmp_path, folder, monkeypatch):
+    threads, used, loss = torch.get_num_threads(), set(), tiny_model._loss
+    monkeypatch.setattr(tiny_model, "_loss", lambda *args: (used.add(torch.get_num_threads()), loss(*args))[1])
     torch.set_num_threads(2)
     try:
         torch.manual_seed(123)
         random.seed(123)
         states = torch.get_rng_state(), random.getstate()
         again = tiny.ensure_tiny_model(0, tmp_path, progress=False, steps=FEW_STEPS)
+        assert used == {1}
         assert torch.get_num_threads() == 2
         assert torch.equal(torch.get_rng_state(), states[0])
         assert random.getstate() == states[1]

@@ -1,0 +1,135 @@
+"""`expert_iteration.environment`: which prompts come in which order, how they are written, how responses are judged."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from expert_iteration.engine import Completion, Sampling
+from expert_iteration.environment import PromptStream, make_task_env
+from expert_iteration.models import chat_prompt_ids
+from expert_iteration.policy import EnginePolicy
+from expert_iteration.tasks import Problem, Task
+
+PROBLEMS = [Problem(f"What is {n} + {n}?", f"#### {2 * n}") for n in range(7)]
+QUESTIONS = [" What is 2+2?\n", "Spell ünïcödé 漢字.", "Is <|im_end|> a token, and is {{ this }} a template?", "a\n\nb"]
+
+
+def contains_answer(problems, responses):
+    return [
+        float(problem.answer.split()[-1] in text.split()) for problem, text in zip(problems, responses, strict=True)
+    ]
+
+
+def make_env(tokenizer, problems=PROBLEMS, *, num_envs=4, repeats=2, seed=0, system_prompt="Be brief."):
+    task = Task("sums", system_prompt, problems, [], contains_answer, contains_answer)
+    return make_task_env(task, tokenizer, num_envs=num_envs, repeats=repeats, seed=seed)
+
+
+def draw(seed, count, problems=PROBLEMS):
+    return list(islice(PromptStream(problems, seed), count))
+
+
+def epochs(seed, count):
+    """The order of the problems in each of the first epochs."""
+    indices = [item["prompt_index"] for item in draw(seed, count * len(PROBLEMS))]
+    return [indices[start : start + len(PROBLEMS)] for start in range(0, len(indices), len(PROBLEMS))]
+
+
+# --- the stream of prompts ---
+
+
+def test_the_order_of_prompts_repeats_for_a_seed():
+    stream = PromptStream(PROBLEMS, seed=3)
+    assert list(islice(stream, 20)) == list(islice(stream, 20)) == draw(3, 20)
+
+
+def test_another_seed_and_another_epoch_have_another_order():
+    orders = [tuple(epoch) for seed in (0, 1, 2) for epoch in epochs(seed, 3)]
+    assert len(set(orders)) == 9
+
+
+def test_every_problem_comes_once_an_epoch():
+    for epoch in epochs(seed=5, count=3):
+        assert sorted(epoch) == list(range(len(PROBLEMS)))
+
+
+def test_the_group_id_counts_the_draws():
+    items = draw(0, 3 * len(PROBLEMS))
+    assert [item["group_id"] for item in items] == list(range(len(items)))
+    assert all(item["query"] == PROBLEMS[item["prompt_index"]].question for item in items)
+
+
+# --- how a prompt is written ---
+
+
+@pytest.mark.parametrize("system_prompt", ["Think, then answer.", None])
+def test_a_prompt_is_the_chat_template_up_to_where_the_response_begins(tiny_tokenizer, system_prompt):
+    problems = [Problem(question, "") for question in QUESTIONS]
+    env = make_env(tiny_tokenizer, problems, num_envs=len(problems), repeats=1, system_prompt=system_prompt)
+    rows = env.reset().unbind(0)
+    assert {row["query"] for row in rows} == set(QUESTIONS)
+    for row in rows:
+        messages = [{"role": "user", "content": row["query"]}]
+        if system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        template = tiny_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert row["text", "prompt"] == template
+
+
+class SilentEngine:
+    """Says nothing, and remembers which prompts it was asked."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def sample(self, prompts, sampling, seed):
+        self.prompts += prompts
+        return [[Completion([5], "length", 0)] for _ in prompts]
+
+
+@pytest.mark.parametrize("system_prompt", ["Think, then answer.", None])
+def test_training_and_evaluation_ask_a_question_with_the_same_tokens(tiny_tokenizer, system_prompt):
+    problems = [Problem(question, "") for question in QUESTIONS]
+    env = make_env(tiny_tokenizer, problems, num_envs=len(problems), repeats=1, system_prompt=system_prompt)
+    engine, asked = SilentEngine(), env.reset()
+    EnginePolicy(engine, tiny_tokenizer, Sampling(max_tokens=1), seed=0)(asked)
+    expected = [chat_prompt_ids(tiny_tokenizer, system_prompt, row["query"]) for row in asked.unbind(0)]
+    assert engine.prompts == expected
+
+
+# --- rewards and ends ---
+
+
+def respond(env, rows, texts):
+    for row, text in zip(rows.unbind(0), texts, strict=True):
+        row["text", "response"], row["text", "full"] = text, row["text", "prompt"] + text
+    return env.step(rows)["next"]
+
+
+def test_each_response_is_judged_with_its_own_problem(tiny_tokenizer):
+    env = make_env(tiny_tokenizer, num_envs=4, repeats=2)
+    rows = env.reset()
+    first, _, third, _ = (PROBLEMS[int(row["prompt_index"])].answer.split()[-1] for row in rows.unbind(0))
+    assert first != third
+    after = respond(env, rows, [f"it is {first}", f"it is {third}", f"it is {first}", f"it is {third}"])
+    assert after["reward"].tolist() == [[1.0], [0.0], [0.0], [1.0]]
+    assert after["reward"].dtype == torch.float32
+
+
+def test_a_dialog_has_one_turn(tiny_tokenizer):
+    env = make_env(tiny_tokenizer, num_envs=4, repeats=2)
+    rows = env.reset()
+    assert not rows["done"].any()
+    after = respond(env, rows, ["yes"] * 4)
+    for name in ("done", "terminated"):
+        assert after[name].shape == (4, 1)
+        assert after[name].all()
+
+
+def test_the_prompts_of_a_group_are_alike_and_stand_together(tiny_tokenizer):
+    env = make_env(tiny_tokenizer, num_envs=6, repeats=3)
+    rows = env.reset().unbind(0)
+    for group in (rows[:3], rows[3:]):
+        assert len({(int(row["group_id"]), int(row["prompt_index"]), row["text", "prompt"]) for row in group}) == 1
+    assert int(rows[0]["group_id"]) != int(rows[3]["group_id"])

@@ -1,0 +1,170 @@
+"""`expert_iteration.models`: what a tokenizer and its chat template say of a turn, and how models are loaded."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from expert_iteration.errors import UserError
+from expert_iteration.models import (
+    chat_prompt_ids,
+    end_of_turn_id,
+    load_model,
+    load_tokenizer,
+    model_path,
+    pad_id,
+    thread_environment,
+)
+from expert_iteration.tiny import CHAT_TEMPLATE as CHATML
+
+WORDS = ["<unk>", "system", "user", "assistant", "response", "question", "Be", "brief", ".", "[INST]", "[/INST]"]
+LLAMA_3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+BARE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+
+
+def make_tokenizer(template, special, *, adds_bos=False, **options):
+    """Words by white space; `special` tokens are split off first, as in every real tokenizer."""
+    vocabulary = {word: number for number, word in enumerate([*WORDS, *special])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(list(special))
+    if adds_bos:
+        bos = options["bos_token"]
+        words.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **options)
+
+
+def llama_tokenizer(eos_token="<|eot_id|>"):
+    headers = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+    return make_tokenizer(LLAMA_3, headers, adds_bos=True, bos_token="<|begin_of_text|>", eos_token=eos_token)
+
+
+def qwen_base_tokenizer():
+    return make_tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|endoftext|>")
+
+
+def end_of_turn(tokenizer):
+    return tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer))
+
+
+# --- the end of a turn ---
+
+
+def test_the_tiny_model_ends_its_turn_with_im_end(tiny_tokenizer):
+    assert end_of_turn(tiny_tokenizer) == "<|im_end|>"
+
+
+@pytest.mark.parametrize("eos", ["<|eot_id|>", "<|end_of_text|>"])
+def test_llama_3_ends_its_turn_with_eot_id_whatever_ends_a_text(eos):
+    assert end_of_turn(llama_tokenizer(eos)) == "<|eot_id|>"
+
+
+def test_a_base_model_ends_its_turn_as_the_template_says_and_not_with_its_end_of_text():
+    tokenizer = qwen_base_tokenizer()
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert end_of_turn(tokenizer) == "<|im_end|>"
+
+
+def test_an_end_of_turn_right_behind_the_text_is_found():
+    tokenizer = make_tokenizer(MISTRAL, ["</s>"], eos_token="</s>")
+    assert end_of_turn(tokenizer) == "</s>"
+
+
+def test_an_end_of_turn_that_is_added_but_not_special_is_found():
+    tokenizer = make_tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>"], eos_token="<|endoftext|>")
+    tokenizer.add_tokens(["<|im_end|>"])
+    assert "<|im_end|>" not in tokenizer.all_special_tokens
+    assert end_of_turn(tokenizer) == "<|im_end|>"
+
+
+def test_a_template_without_an_end_of_turn_ends_with_the_end_of_text():
+    assert end_of_turn(make_tokenizer(BARE, ["</s>"], eos_token="</s>")) == "</s>"
+
+
+def test_a_turn_that_nothing_ends_is_refused():
+    with pytest.raises(UserError, match="would not stop"):
+        end_of_turn_id(make_tokenizer(BARE, []))
+
+
+# --- prompts ---
+
+
+def test_a_prompt_is_templated_once_up_to_where_the_response_begins():
+    tokenizer = llama_tokenizer()
+    words = "<|begin_of_text|> <|start_header_id|> system <|end_header_id|> Be brief . <|eot_id|> "
+    words += "<|start_header_id|> user <|end_header_id|> question <|eot_id|> <|start_header_id|> assistant"
+    # One <|begin_of_text|>: the template writes it, and the tokenizer, which would by itself, adds no other.
+    expected = [*words.split(), "<|end_header_id|>"]
+    ids = chat_prompt_ids(tokenizer, "Be brief.", "question")
+    assert tokenizer.convert_ids_to_tokens(ids) == expected
+    assert tokenizer("question")["input_ids"][0] == tokenizer.bos_token_id
+    assert all(type(token) is int for token in ids)
+
+
+def test_without_a_system_prompt_there_is_no_system_turn():
+    tokenizer = llama_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(chat_prompt_ids(tokenizer, None, "question"))
+    assert (tokens.count("system"), tokens.count("user"), tokens.count("<|eot_id|>")) == (0, 1, 1)
+
+
+def test_padding_is_the_pad_token_or_any_valid_id():
+    assert pad_id(SimpleNamespace(pad_token_id=7)) == 7
+    assert pad_id(SimpleNamespace(pad_token_id=0)) == 0
+    assert pad_id(qwen_base_tokenizer()) == 0
+
+
+# --- loading ---
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_by_name(tmp_path):
+    make_tokenizer(None, ["</s>"], eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="without a chat template") as refusal:
+        load_tokenizer(str(tmp_path))
+    assert f"model.name ({tmp_path})" in str(refusal.value)
+
+
+def test_a_saved_template_comes_back(tiny_folder):
+    assert load_tokenizer(str(tiny_folder)).chat_template == CHATML
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_loaded_in_its_dtype_ready_to_score(tiny_folder, dtype):
+    model = load_model(str(tiny_folder), dtype=dtype, attn_implementation="eager", device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert model.config._attn_implementation == "eager"
+    assert not model.training
+
+
+def test_the_model_is_the_one_named_or_the_built_in(make_cfg, tiny_folder, tmp_path, monkeypatch):
+    assert model_path(make_cfg(f"model.name={tiny_folder}")) == str(tiny_folder)
+    assert model_path(make_cfg("model.name=ORG/MODEL")) == "ORG/MODEL"
+    asked = []
+    monkeypatch.setattr(
+        "expert_iteration.tiny.ensure_tiny_model",
+        lambda seed, cache_dir: asked.append((seed, cache_dir)) or tmp_path / "built",
+    )
+    assert model_path(make_cfg("tiny.model_seed=3", f"tiny.cache_dir={tmp_path}")) == str(tmp_path / "built")
+    assert asked == [(3, tmp_path)]
+
+
+def test_threads_are_those_configured_or_all():
+    assert thread_environment(3) == {"OMP_NUM_THREADS": "3"}
+    assert thread_environment(None) == {"OMP_NUM_THREADS": str(os.cpu_count())}
