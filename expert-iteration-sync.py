@@ -72,7 +72,9 @@ def train(
                 result = learner.step(batch)
                 log_training_metrics(metrics, result, batch, learner, replay_buffer, weight_updater.policy_version)
                 after(result)
-        after(learner.flush())
+        if (last := learner.flush()).stepped:
+            metrics.training(last, optim_step=learner.optimizer_steps)
+            after(last)
         if cfg.train.empty_replay_buffer:
             replay_buffer.empty(empty_write_count=False)
         if cfg.train.weight_update_frequency is None:

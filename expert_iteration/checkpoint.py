@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,28 @@ class Checkpointer:
             "config": self._config,
         }
         temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        # Whoever sees the name sees a whole file.
-        os.replace(temporary, path)
+        try:
+            torch.save(state, temporary)
+            # Whoever sees the name sees a whole file.
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         self._last_step = step
         return path
 
 
 def save_pretrained(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:
     """Save model and tokenizer as a Hugging Face folder, floating-point weights in `dtype` (the engine's)."""
-    weights = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in model.state_dict().items()
-    }
+    # Tied tensors are cast once, or transformers would take the copies for two and write both.
+    cast: dict[Any, torch.Tensor] = {}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        target = dtype if tensor.is_floating_point() else tensor.dtype
+        identity = tensor.data_ptr(), tensor.shape
+        weights[name] = cast.setdefault(identity, tensor.detach().to("cpu", target))
     model.save_pretrained(directory, state_dict=weights)
+    # transformers writes the dtype of the model in memory, in which whoever loads the folder would get it.
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

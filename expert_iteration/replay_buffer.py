@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,12 +34,15 @@ class ExpertReplayBuffer(ReplayBuffer):
             self._lengths[slot] = len(row["tokens", "response"])
         return index
 
-    def next(self) -> Any:
-        """The next batch of the current pass, None at its end.
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """One pass over all rows; over none when the buffer is empty, where TorchRL's raises."""
+        if len(self):
+            yield from super().__iter__()
 
-        An empty buffer ends its pass at once, where TorchRL's raises: an iteration may keep nothing.
-        """
-        return super().next() if len(self) else None
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Forget all rows, and with them the pass that a client may be in the middle of."""
+        super().empty(empty_write_count=empty_write_count)
+        self._iterator = None
 
     def statistics(self) -> dict[str, float]:
         """Mean reward and response length (tokens) of what is stored, its size, and all rows ever written."""

@@ -17,10 +17,11 @@ from ray.util.queue import Queue
 import ei_utils
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.config import Config
-from expert_iteration.metrics import Metrics, make_loggers
+from expert_iteration.metrics import Metrics
 from expert_iteration.screen import Progress, RemoteScreen
 from expert_iteration.summary import Summary
 from expert_iteration.tasks import load_task
+from expert_iteration.wandb_logger import make_loggers
 from expert_iteration.weight_update import choose_directory
 
 LOG_QUEUE_SIZE = 1000

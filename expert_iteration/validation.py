@@ -15,6 +15,7 @@ from typing import Any
 from expert_iteration.config import Config, Dataset, Device, Dtype, LoggingBackend, LoggingMode, LossFunction
 from expert_iteration.errors import UserError
 from expert_iteration.sizes import derive_sizes
+from expert_iteration.wandb_logger import has_wandb_login
 
 AT_LEAST_ONE = (
     "env.num_envs",
@@ -295,7 +296,7 @@ def reward_function_has_a_place(cfg: Config) -> None:
 
 
 def wandb_can_be_reached(cfg: Config) -> None:
-    """W&B online needs a key; its mode needs W&B."""
+    """W&B online needs a login; its mode needs W&B."""
     mode = cfg.logging.mode
     if mode is None:
         return
@@ -303,9 +304,9 @@ def wandb_can_be_reached(cfg: Config) -> None:
         raise UserError(
             f"logging.mode ({mode}) has no effect with logging.backend=none: set it to null, or logging.backend=wandb."
         )
-    if mode is LoggingMode.online and not os.environ.get("WANDB_API_KEY"):
+    if mode is LoggingMode.online and not has_wandb_login():
         raise UserError(
-            "logging.mode (online) needs an API key: export WANDB_API_KEY, or set logging.mode=offline "
+            "logging.mode (online) needs a login: run `wandb login`, export WANDB_API_KEY, or set logging.mode=offline "
             "(`wandb sync` uploads later)."
         )
 

@@ -128,9 +128,7 @@ def test_rows_hold_the_ids_the_engine_was_asked_with_and_returned(tiny_tokenizer
     end = tiny_tokenizer.convert_tokens_to_ids(END)
     for row in stored(parts):
         prompt, response = row["tokens", "prompt"].tolist(), row["tokens", "response"].tolist()
-        assert prompt == chat_prompt_ids(
-            tiny_tokenizer, SYSTEM_PROMPT, PROBLEMS[int(row["prompt_index"])].question
-        )
+        assert prompt == chat_prompt_ids(tiny_tokenizer, SYSTEM_PROMPT, PROBLEMS[int(row["prompt_index"])].question)
         assert row["tokens", "full"].tolist() == prompt + response
         assert row["masks", "all_assistant_mask"].tolist() == [False] * len(prompt) + [True] * len(response)
         assert response[-1] == end
@@ -141,7 +139,10 @@ def test_rows_hold_the_ids_the_engine_was_asked_with_and_returned(tiny_tokenizer
 def test_a_row_holds_what_the_buffer_keeps_and_the_reference_says_and_no_more(tiny_tokenizer):
     parts = make_collector(tiny_tokenizer)
     collect(parts)
-    assert set(stored(parts)[0].keys(True, True, is_leaf=is_leaf_nontensor)) == {*ROW_KEYS, ("next", "ref_log_probs", "full")}
+    assert set(stored(parts)[0].keys(True, True, is_leaf=is_leaf_nontensor)) == {
+        *ROW_KEYS,
+        ("next", "ref_log_probs", "full"),
+    }
 
 
 def test_without_the_stop_token_only_a_response_that_stopped_is_shorter(tiny_tokenizer):
@@ -291,13 +292,17 @@ def test_the_hook_sees_every_response_and_a_record_is_sent_for_each_batch(tiny_t
         Counter(said(parts)[TURNS:]),
     ]
     first, second = parts.records
-    assert first.keys() == second.keys() >= {
-        "selection/groups_seen",
-        "selection/groups_kept",
-        "selection/groups_all_equal",
-        "selection/acceptance_rate",
-        "collector/time/collect",
-    }
+    assert (
+        first.keys()
+        == second.keys()
+        >= {
+            "selection/groups_seen",
+            "selection/groups_kept",
+            "selection/groups_all_equal",
+            "selection/acceptance_rate",
+            "collector/time/collect",
+        }
+    )
     assert {name: second[name] for name in ("selection/groups_seen", "selection/responses_kept")} == {
         "selection/groups_seen": 8,
         "selection/responses_kept": 16,

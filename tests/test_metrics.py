@@ -18,16 +18,9 @@ import torch
 from expert_iteration.cli import compose_config
 from expert_iteration.config import LoggingMode
 from expert_iteration.learner import StepResult
-from expert_iteration.metrics import (
-    Metrics,
-    make_loggers,
-    summarize,
-    timeit,
-    timings,
-    wandb_mode,
-    wandb_run_name,
-)
+from expert_iteration.metrics import Metrics, summarize, timeit, timings
 from expert_iteration.resolve import resolve_config
+from expert_iteration.wandb_logger import make_loggers, wandb_mode, wandb_run_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = [
@@ -238,11 +231,12 @@ def test_the_mode_follows_the_login(environment, mode, monkeypatch, tmp_path):
 WANDB_RUN = """
 import json, sys
 from pathlib import Path
-from expert_iteration import metrics as sink
+from expert_iteration import wandb_logger
 from expert_iteration.cli import compose_config
 from expert_iteration.errors import UserError
-from expert_iteration.metrics import Metrics, make_loggers
+from expert_iteration.metrics import Metrics
 from expert_iteration.resolve import resolve_config
+from expert_iteration.wandb_logger import make_loggers
 
 def load(*options):
     return resolve_config(compose_config("ei_tiny", overrides=options), "sync")
@@ -257,7 +251,7 @@ metrics.samples(rows, step=4, split="heldout")
 metrics.samples(rows[1:], step=4, split="train")
 metrics.close()
 
-sink.WANDB_TIMEOUT = 1
+wandb_logger.WANDB_TIMEOUT = 1
 try:
     make_loggers(load("logging.mode=online"), run_dir, "sync")
 except UserError as error:

@@ -1,0 +1,187 @@
+"""`expert_iteration.checkpoint`: what is in a checkpoint, when it is there, and the model as a Hugging Face folder."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tensordict import TensorDict, lazy_stack
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+import ei_utils
+from expert_iteration.checkpoint import Checkpointer, save_pretrained
+from expert_iteration.config import to_plain_dict
+
+# DESIGN section 5: other programs read these.
+CONTRACT = {
+    "step",
+    "optim_step",
+    "model_state_dict",
+    "optimizer_state_dict",
+    "scheduler_state_dict",
+    "scaler_state_dict",
+    "config",
+}
+
+
+def make_batch(seed):
+    ids = torch.randint(400, (8,), generator=torch.Generator().manual_seed(seed))
+    row = {
+        ("tokens", "full"): ids,
+        ("masks", "all_assistant_mask"): torch.arange(8) >= 3,
+        ("next", "reward"): torch.tensor([1.0]),
+        ("next", "ref_log_probs", "full"): torch.full((8,), -6.0),
+    }
+    return lazy_stack([TensorDict(row)])
+
+
+@pytest.fixture
+def cfg(make_cfg):
+    return make_cfg("optimizer.scheduler.type=cosine_with_warmup", "optimizer.scheduler.warmup_steps=2")
+
+
+@pytest.fixture
+def make_learner(cfg, load_tiny_model, tiny_tokenizer):
+    return lambda: ei_utils.make_learner(cfg, load_tiny_model(), tiny_tokenizer)
+
+
+@pytest.fixture
+def learner(make_learner):
+    learner = make_learner()
+    learner.step(make_batch(0))
+    return learner
+
+
+def files(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+# --- checkpoints ---
+
+
+def test_a_checkpoint_loads_without_running_code_and_has_what_was_promised(learner, cfg, tmp_path):
+    path = Checkpointer(tmp_path / "made" / "for it", learner, cfg).save()
+    assert path == tmp_path / "made" / "for it" / "checkpoint_1.pt"
+    loaded = torch.load(path, weights_only=True)
+    assert loaded.keys() >= CONTRACT
+    assert (loaded["step"], loaded["optim_step"]) == (1, 1)
+    assert loaded["config"] == to_plain_dict(cfg)
+    assert loaded["config"]["optimizer"]["scheduler"]["type"] == "cosine_with_warmup"
+    weights = learner.model.state_dict()
+    assert loaded["model_state_dict"].keys() == weights.keys() >= {"lm_head.weight"}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded["model_state_dict"].items())
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(learner, make_learner, cfg, tmp_path):
+    loaded = torch.load(Checkpointer(tmp_path, learner, cfg).save(), weights_only=True)
+    other = make_learner()
+    other.model.load_state_dict(loaded["model_state_dict"])
+    other.load_state_dict(loaded)
+    for seed in (1, 2):
+        assert learner.step(make_batch(seed)) == other.step(make_batch(seed))
+    for one, two in zip(learner.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_each_step_has_a_checkpoint_of_its_own_and_nothing_else_is_left(learner, cfg, tmp_path):
+    checkpointer = Checkpointer(tmp_path, learner, cfg)
+    checkpointer.save()
+    learner.step(make_batch(1))
+    checkpointer.save()
+    assert files(tmp_path) == ["checkpoint_1.pt", "checkpoint_2.pt"]
+    assert torch.load(tmp_path / "checkpoint_2.pt", weights_only=True)["step"] == 2
+
+
+def test_a_step_is_written_once(learner, cfg, tmp_path):
+    checkpointer = Checkpointer(tmp_path, learner, cfg)
+    path = checkpointer.save()
+    path.write_bytes(b"not written again")
+    assert checkpointer.save() == path
+    assert path.read_bytes() == b"not written again"
+
+
+def test_an_error_while_saving_leaves_the_previous_checkpoint_and_no_part_of_the_new(
+    learner, cfg, tmp_path, monkeypatch
+):
+    checkpointer = Checkpointer(tmp_path, learner, cfg)
+    checkpointer.save()
+    learner.step(make_batch(1))
+
+    def fill_the_disk(state, path):
+        path.write_bytes(b"half a checkpoint")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fill_the_disk)
+        with pytest.raises(OSError, match="No space left"):
+            checkpointer.save()
+    assert files(tmp_path) == ["checkpoint_1.pt"]
+    assert torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)["step"] == 1
+    checkpointer.save()
+    assert files(tmp_path) == ["checkpoint_1.pt", "checkpoint_2.pt"]
+
+
+def test_the_name_appears_only_when_the_file_is_whole(learner, cfg, tmp_path, monkeypatch):
+    save, seen = torch.save, []
+
+    def look_while_saving(state, path):
+        save(state, path)
+        seen.append(files(tmp_path))
+
+    monkeypatch.setattr(torch, "save", look_while_saving)
+    Checkpointer(tmp_path, learner, cfg).save()
+    ((name,),) = seen
+    assert not name.endswith(".pt")
+    assert files(tmp_path) == ["checkpoint_1.pt"]
+
+
+# --- Hugging Face folders ---
+
+
+def untied(model):
+    """The same model with a head of its own."""
+    config = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
+    copy = Qwen2ForCausalLM(config)
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        copy.lm_head.weight.mul_(1.5)
+    return copy.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_folder_gives_the_model_back(load_tiny_model, tiny_tokenizer, tmp_path, tied, dtype):
+    model = load_tiny_model() if tied else untied(load_tiny_model())
+    save_pretrained(model, tiny_tokenizer, tmp_path, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    chat = [{"role": "user", "content": "Amy has 3 apples."}]
+    ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)
+    assert ids.tolist() == tiny_tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False).tolist()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.to(dtype)(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_weights_are_written_once(load_tiny_model, tiny_tokenizer, tmp_path, dtype):
+    save_pretrained(load_tiny_model(), tiny_tokenizer, tmp_path, dtype)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {file.get_tensor(name).dtype for name in names} == {dtype}
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_saving_leaves_the_model_as_it_was_and_may_be_repeated(load_tiny_model, tiny_tokenizer, tmp_path):
+    model = load_tiny_model().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):
+        save_pretrained(model, tiny_tokenizer, tmp_path, torch.bfloat16)
+    assert model.training
+    assert model.config.dtype == torch.float32
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
