@@ -1,44 +1,44 @@
 """From configuration to objects: the builders that both scripts use, and the hooks that users edit.
 
 Everything here is called in the training process, which `expert_iteration/run.py` starts, or in an actor it creates.
+TorchRL, which takes seconds to load, is imported by the builders that need it: those that only start an actor come
+first in a run, so that the actors load while the training process does.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from ray.util.queue import Empty, Full
-from tensordict import TensorDictBase
-from torch import nn
-from torchrl.data import LazyStackStorage, RayReplayBuffer, SamplerWithoutReplacement
-from torchrl.envs.llm import DatasetChatEnv
 
-from expert_iteration.collector import CollectorClient, ExpertCollector
+from expert_iteration.actors import CollectorActor, ReferenceActor, ReferenceClient
 from expert_iteration.config import Config
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
-from expert_iteration.environment import make_task_env
-from expert_iteration.evaluation import Evaluator, probe_sequences
-from expert_iteration.learner import Learner, StepResult, make_optimizer
-from expert_iteration.loss import SFTLoss
-from expert_iteration.metrics import Metrics
-from expert_iteration.models import end_of_turn_id, load_model, load_tokenizer, model_path, pad_id, thread_environment
-from expert_iteration.policy import EnginePolicy
-from expert_iteration.reference import RetrieveLogProb
-from expert_iteration.replay_buffer import ExpertReplayBuffer
+from expert_iteration.models import load_model, load_tokenizer, model_path, thread_environment
 from expert_iteration.schedule import create_cosine_scheduler_with_warmup, make_scheduler
-from expert_iteration.scorer import ReferenceActor, ReferenceClient
-from expert_iteration.screen import redirect_output
 from expert_iteration.seeds import derive_seed
-from expert_iteration.selection import TopKRewardSelector
 from expert_iteration.sizes import derive_sizes
 from expert_iteration.tasks import Task, load_task
-from expert_iteration.weight_update import WeightUpdater
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+    from torch import nn
+    from torchrl.data import RayReplayBuffer
+    from torchrl.envs.llm import DatasetChatEnv
+
+    from expert_iteration.collector import ExpertCollector
+    from expert_iteration.evaluation import Evaluator
+    from expert_iteration.learner import Learner, StepResult
+    from expert_iteration.metrics import Metrics
+    from expert_iteration.weight_update import WeightUpdater
 
 __all__ = [
     "RemoteDataLogger",
@@ -56,6 +56,7 @@ __all__ = [
     "make_learner",
     "make_replay_buffer",
     "make_weight_updater",
+    "start_collector",
 ]
 
 
@@ -85,19 +86,19 @@ class RemoteDataLogger:
         now = time.monotonic()
         elapsed = 0.0 if self._last_time is None else now - self._last_time
         self._last_time = now
-        rewards = torch.cat([row["next", "reward"].flatten() for row in rows])
-        lengths = torch.tensor([float(len(row["tokens", "response"])) for row in rows])
-        versions = torch.stack([row["policy_version"] for row in rows]).float()
+        rewards = [row["next", "reward"].item() for row in rows]
+        lengths = [len(row["tokens", "response"]) for row in rows]
+        versions = [row["policy_version"].item() for row in rows]
         truncated = [row["finish_reason"] == "length" for row in rows]
         self.send(
             _describe("collector/rewards", rewards)
             | _describe("collector/response_length", lengths)
             | {
-                "collector/policy_version/mean": versions.mean().item(),
-                "collector/policy_version/min": versions.min().item(),
-                "collector/policy_version/max": versions.max().item(),
-                "collector/truncation_rate": sum(truncated) / len(truncated),
-                "collector/response_tokens": lengths.sum().item(),
+                "collector/policy_version/mean": statistics.fmean(versions),
+                "collector/policy_version/min": min(versions),
+                "collector/policy_version/max": max(versions),
+                "collector/truncation_rate": statistics.fmean(truncated),
+                "collector/response_tokens": sum(lengths),
                 "collector/time/elapsed": elapsed,
             }
         )
@@ -139,17 +140,17 @@ def log_training_metrics(
         replay_buffer: asked for its statistics, a few numbers.
         policy_version: of the weights last pushed. A response's age is that minus the version that made it.
     """
-    versions = torch.stack([row["policy_version"] for row in batch.unbind(0)]).float()
-    ages = policy_version - versions
+    versions = [row["policy_version"].item() for row in batch.unbind(0)]
+    ages = [policy_version - version for version in versions]
     buffer = replay_buffer.statistics()
     writes = max(1.0, buffer["buffer/write_count"])
     metrics.training(
         result,
         optim_step=learner.optimizer_steps,
         data_read_count=learner.responses_trained,
-        policy_version=versions.mean().item(),
-        policy_age=ages.mean().item(),
-        max_policy_age=ages.max().item(),
+        policy_version=statistics.fmean(versions),
+        policy_age=statistics.fmean(ages),
+        max_policy_age=max(ages),
         steps_per_second=learner.gradient_steps / learner.seconds,
         gradient_steps_per_write=learner.gradient_steps / writes,
         optim_steps_per_write=learner.optimizer_steps / writes,
@@ -182,7 +183,7 @@ def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
     return model
 
 
-def get_inference_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocation, log_dir: Path) -> EngineClient:
+def get_inference_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> EngineClient:
     """Start vLLM with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
     actor = _start_actor(
         VLLMEngine,
@@ -193,24 +194,21 @@ def get_inference_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocatio
         },
         model_path(cfg),
         cfg.inference_model,
-        stop_token_ids=[end_of_turn_id(tokenizer)],
         seed=derive_seed(cfg.seed, "engine"),
         log_path=str(log_dir / "engine.log"),
     )
     return EngineClient(actor)
 
 
-def get_ref_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocation, log_dir: Path) -> ReferenceClient:
+def get_ref_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> ReferenceClient:
     """Start the frozen start model in an actor of its own; returns at once."""
     devices = allocation["ref_model_devices"]
     actor = _start_actor(
         ReferenceActor,
         {"num_gpus": len(devices), "runtime_env": {"env_vars": thread_environment(cfg.ref_model.num_threads)}},
         model_path(cfg),
-        dtype=cfg.ref_model.torch_dtype.value,
-        attn_implementation=cfg.ref_model.attn_implementation,
+        cfg.ref_model,
         device="cuda" if devices else "cpu",
-        pad_token_id=pad_id(tokenizer),
         micro_batch_size=cfg.env.num_envs,
         log_path=str(log_dir / "reference.log"),
     )
@@ -219,6 +217,8 @@ def get_ref_model(cfg: Config, tokenizer: Any, allocation: DeviceAllocation, log
 
 def make_env(cfg: Config, task: Task, tokenizer: Any) -> DatasetChatEnv:
     """The chat environment of the task; edit it to add transforms of your own."""
+    from expert_iteration.environment import make_task_env
+
     return make_task_env(
         task,
         tokenizer,
@@ -230,6 +230,10 @@ def make_env(cfg: Config, task: Task, tokenizer: Any) -> DatasetChatEnv:
 
 def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
     """The buffer's actor; `.client()` of it is what collector and trainer hold."""
+    from torchrl.data import LazyStackStorage, RayReplayBuffer, SamplerWithoutReplacement
+
+    from expert_iteration.replay_buffer import ExpertReplayBuffer
+
     capacity = derive_sizes(cfg).buffer_size
     return RayReplayBuffer(
         replay_buffer_cls=ExpertReplayBuffer,
@@ -242,63 +246,59 @@ def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
     )
 
 
-def make_collector(
-    cfg: Config, engine: EngineClient, reference: ReferenceClient, replay_buffer: Any, log_queue: Any, log_dir: Path
-) -> CollectorClient:
-    """Start the collector's actor; returns what the trainer iterates over."""
-    log_path = str(log_dir / "collector.log")
-    actor = _start_actor(
-        _CollectorActor, _given(cfg.ray.collector_config), cfg, engine, reference, replay_buffer, log_queue, log_path
+def start_collector(
+    cfg: Config, engine: EngineClient, reference: ReferenceClient, log_queue: Any, log_dir: Path
+) -> Any:
+    """Start the collector's actor; returns its handle at once."""
+    return _start_actor(
+        CollectorActor,
+        _given(cfg.ray.collector_config),
+        partial(make_collector, cfg, engine, reference, log_queue),
+        str(log_dir / "collector.log"),
     )
-    # With sync_iter=false the engine generates the next batch while the learner trains on this one.
-    return CollectorClient(actor, derive_sizes(cfg).num_batches, overlap=cfg.train.sync_iter is False)
 
 
-class _CollectorActor(ExpertCollector):
-    """Builds the collector's parts in its own process: environments and selectors do not travel."""
+def make_collector(cfg: Config, engine: EngineClient, reference: ReferenceClient, log_queue: Any) -> ExpertCollector:
+    """What the collector's actor consists of; called in its process."""
+    from expert_iteration.collector import ExpertCollector
+    from expert_iteration.policy import EnginePolicy
+    from expert_iteration.reference import RetrieveLogProb
+    from expert_iteration.selection import TopKRewardSelector
 
-    def __init__(
-        self,
-        cfg: Config,
-        engine: EngineClient,
-        reference: ReferenceClient,
-        replay_buffer: Any,
-        log_queue: Any,
-        log_path: str,
-    ) -> None:
-        redirect_output(log_path)
-        tokenizer = get_tokenizer(cfg)
-        sizes = derive_sizes(cfg)
-        data_logger = RemoteDataLogger(log_queue)
-        inference = cfg.inference_model
-        super().__init__(
-            make_env=partial(make_env, cfg, load_task(cfg), tokenizer),
-            policy=EnginePolicy(
-                engine,
-                tokenizer,
-                Sampling(max_tokens=inference.max_tokens, temperature=inference.temperature, top_p=inference.top_p),
-                seed=cfg.seed,
-                keep_stop_token=inference.include_stop_str_in_output,
-            ),
-            selector=TopKRewardSelector(
-                cfg.env.repeats,
-                cfg.train.topk_size,
-                group_key="group_id",
-                selection=cfg.train.selection.value,
-                seed=derive_seed(cfg.seed, "selection"),
-            ),
-            retrieve_log_prob=RetrieveLogProb(reference.score),
-            replay_buffer=replay_buffer,
-            postproc=data_logger,
-            log_record=data_logger.send,
-            dialog_turns_per_batch=sizes.turns_per_batch,
-            num_batches=sizes.num_batches,
-            num_sample_groups=cfg.logging.num_samples,
-        )
+    tokenizer = get_tokenizer(cfg)
+    sizes = derive_sizes(cfg)
+    inference = cfg.inference_model
+    data_logger = RemoteDataLogger(log_queue)
+    return ExpertCollector(
+        make_env=partial(make_env, cfg, load_task(cfg), tokenizer),
+        policy=EnginePolicy(
+            engine,
+            tokenizer,
+            Sampling(max_tokens=inference.max_tokens, temperature=inference.temperature, top_p=inference.top_p),
+            seed=cfg.seed,
+            keep_stop_token=inference.include_stop_str_in_output,
+        ),
+        selector=TopKRewardSelector(
+            cfg.env.repeats,
+            cfg.train.topk_size,
+            group_key="group_id",
+            selection=cfg.train.selection.value,
+            seed=derive_seed(cfg.seed, "selection"),
+        ),
+        retrieve_log_prob=RetrieveLogProb(reference.score),
+        postproc=data_logger,
+        log_record=data_logger.send,
+        dialog_turns_per_batch=sizes.turns_per_batch,
+        num_batches=sizes.num_batches,
+        num_sample_groups=cfg.logging.num_samples,
+    )
 
 
 def make_learner(cfg: Config, policy_training: nn.Module, tokenizer: Any) -> Learner:
     """Loss, optimizer, schedule, and what turns micro-batches into optimizer steps."""
+    from expert_iteration.learner import Learner, make_optimizer
+    from expert_iteration.loss import SFTLoss
+
     loss_fn = SFTLoss(
         actor_network=policy_training,
         tokenizer=tokenizer,
@@ -332,6 +332,9 @@ def make_weight_updater(
         tokenizer: of the model.
         directory: for weights in flight.
     """
+    from expert_iteration.evaluation import probe_sequences
+    from expert_iteration.weight_update import WeightUpdater
+
     return WeightUpdater(
         engine,
         probe=probe_sequences(tokenizer, task.heldout, task.system_prompt),
@@ -346,6 +349,8 @@ def make_weight_updater(
 
 def make_evaluator(cfg: Config, engine: EngineClient, task: Task, tokenizer: Any, metrics: Metrics) -> Evaluator:
     """Evaluation of the engine's policy on held-out prompts."""
+    from expert_iteration.evaluation import Evaluator
+
     sampled = Sampling(
         max_tokens=cfg.inference_model.max_tokens,
         temperature=cfg.eval.temperature,
@@ -368,13 +373,13 @@ def _start_actor(actor_class: type, options: dict[str, Any], *args: Any, **kwarg
     return ray.remote(**{"num_cpus": 0} | options)(actor_class).remote(*args, **kwargs)
 
 
-def _describe(name: str, values: torch.Tensor) -> dict[str, float]:
+def _describe(name: str, values: Sequence[float]) -> dict[str, float]:
     """Mean, standard deviation (0 for a single value), least and greatest."""
     return {
-        f"{name}/mean": values.mean().item(),
-        f"{name}/std": values.std(correction=0).item(),
-        f"{name}/min": values.min().item(),
-        f"{name}/max": values.max().item(),
+        f"{name}/mean": statistics.fmean(values),
+        f"{name}/std": statistics.pstdev(values),
+        f"{name}/min": min(values),
+        f"{name}/max": max(values),
     }
 
 

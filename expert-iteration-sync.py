@@ -22,8 +22,8 @@ from expert_iteration.sizes import optimizer_steps_of_batch
 if TYPE_CHECKING:
     from torch import nn
 
+    from expert_iteration.actors import CollectorClient
     from expert_iteration.checkpoint import Checkpointer
-    from expert_iteration.collector import CollectorClient
     from expert_iteration.evaluation import Evaluator
     from expert_iteration.learner import Learner, StepResult
     from expert_iteration.metrics import Metrics

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from expert_iteration.config import Config, to_plain_dict
-from expert_iteration.learner import Learner
+
+if TYPE_CHECKING:
+    from expert_iteration.learner import Learner
 
 
 class Checkpointer:

@@ -1,4 +1,4 @@
-"""The collector: a TorchRL `LLMCollector` and the writer's side of the buffer, in one Ray actor.
+"""The collector: a TorchRL `LLMCollector` and the writer's side of the buffer.
 
 It gathers a batch, scores it (in the environment), keeps the best of each group, has the reference score what is kept,
 and holds the rows until it is told to write them. Collecting and writing are two calls so that a synchronous run may
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from tensordict import TensorDictBase, lazy_stack
-from torchrl._utils import timeit
 from torchrl.collectors.llm import LLMCollector
 
+from expert_iteration.actors import CollectedBatch
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.selection import TopKRewardSelector
 
@@ -37,21 +36,6 @@ ROW_KEYS = (
 )
 
 
-@dataclass(frozen=True)
-class CollectedBatch:
-    """What the trainer hears of a batch whose kept responses now lie in the buffer."""
-
-    dialog_turns: int  # collected so far, this batch included
-    total_dialog_turns: int
-    responses_kept: int  # of this batch
-    samples: list[dict[str, Any]]  # a few groups, in the form of samples.jsonl
-
-    @property
-    def progress(self) -> float:
-        """The fraction of the run that is collected, 0 to 1."""
-        return self.dialog_turns / self.total_dialog_turns
-
-
 class ExpertCollector:
     """Gathers batches of responses and writes the best into the buffer.
 
@@ -60,7 +44,6 @@ class ExpertCollector:
         policy: generates.
         selector: keeps the best of each group.
         retrieve_log_prob: scores what is kept with the reference.
-        replay_buffer: a client of the buffer.
         postproc: sees every batch before selection (the metrics hook, `RemoteDataLogger`).
         log_record: sends a record of metrics to the trainer.
         dialog_turns_per_batch: responses a batch.
@@ -75,7 +58,6 @@ class ExpertCollector:
         policy: Any,
         selector: TopKRewardSelector,
         retrieve_log_prob: RetrieveLogProb,
-        replay_buffer: Any,
         postproc: Callable[[TensorDictBase], TensorDictBase],
         log_record: Callable[[dict[str, float]], None],
         dialog_turns_per_batch: int,
@@ -84,7 +66,6 @@ class ExpertCollector:
     ) -> None:
         self._selector = selector
         self._retrieve_log_prob = retrieve_log_prob
-        self._replay_buffer = replay_buffer
         self._log_record = log_record
         self._dialog_turns_per_batch = dialog_turns_per_batch
         self._num_batches = num_batches
@@ -131,46 +112,18 @@ class ExpertCollector:
         )
         self._pending = (kept, summary)
 
-    def write(self) -> CollectedBatch:
-        """Write the held rows into the buffer."""
+    def write(self, replay_buffer: Any) -> CollectedBatch:
+        """Write the held rows into the buffer, of which `replay_buffer` is a client."""
         assert self._pending is not None, "write() follows collect()"
         kept, summary = self._pending
         self._pending = None
         if kept is not None:
-            self._replay_buffer.extend(kept)
+            replay_buffer.extend(kept)
         return summary
 
     def shutdown(self) -> None:
         """Close the environment."""
         self._collector.shutdown()
-
-
-class CollectorClient:
-    """The trainer's view of the collector: iterating it yields each batch once its rows lie in the buffer.
-
-    Args:
-        actor: the `ExpertCollector` actor.
-        num_batches: after which the iteration ends.
-        overlap: gather the next batch while the caller works on the one just yielded (`train.sync_iter=false`).
-    """
-
-    def __init__(self, actor: Any, num_batches: int, *, overlap: bool) -> None:
-        self._actor = actor
-        self._num_batches = num_batches
-        self._overlap = overlap
-
-    def __iter__(self) -> Iterator[CollectedBatch]:
-        import ray
-
-        for index in range(self._num_batches):
-            if index == 0 or not self._overlap:
-                collected = self._actor.collect.remote()
-            with timeit("wait_for_data"):
-                ray.get(collected)
-            batch = ray.get(self._actor.write.remote())
-            if self._overlap and index + 1 < self._num_batches:
-                collected = self._actor.collect.remote()
-            yield batch
 
 
 def _prune(rows: TensorDictBase) -> TensorDictBase:

@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from expert_iteration.config import InferenceModelConfig
+from expert_iteration.config import InferenceModelConfig
+from expert_iteration.models import end_of_turn_id, load_tokenizer
+from expert_iteration.screen import redirect_output
 
 HEALTH_GROUP = "health"
 WEIGHTS_GROUP = "weights"
@@ -47,9 +48,10 @@ class VLLMEngine:
     Args:
         model_path: a local folder or hub id that vLLM can load.
         config: the `inference_model` section.
-        stop_token_ids: tokens that end a response (the chat template's end of turn); they stay in the response.
-        device: `cpu` or `cuda`.
         seed: vLLM's own seed.
+        log_path: where this process's output goes; None leaves it where it is.
+
+    Generation stops at the chat template's end-of-turn token, which stays in the response.
     """
 
     def __init__(
@@ -57,22 +59,17 @@ class VLLMEngine:
         model_path: str,
         config: InferenceModelConfig,
         *,
-        stop_token_ids: Sequence[int],
-        device: str = "cpu",
         seed: int = 0,
         log_path: str | None = None,
     ) -> None:
         if log_path is not None:
-            from expert_iteration.screen import redirect_output
-
             redirect_output(log_path)
         _set_environment(config)
-        # Registers our weight transport; vLLM looks it up while it builds the engine.
         from vllm import LLM
 
-        from expert_iteration import weight_transport
+        from expert_iteration import weight_transport  # registers it with vLLM
 
-        self._stop_token_ids = list(stop_token_ids)
+        self._stop_token_ids = [end_of_turn_id(load_tokenizer(model_path))]
         self._gate = threading.Lock()
         self._version = 0
         self._busy_since: float | None = None

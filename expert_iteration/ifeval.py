@@ -3,10 +3,12 @@
 TorchRL and the libraries of the scorer are imported when the first response is scored.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from expert_iteration.errors import UserError
@@ -83,6 +85,20 @@ class _NltkWithoutPunkt:
         return nltk.word_tokenize(text, preserve_line=True)
 
 
+@contextlib.contextmanager
+def _same_draws_each_time(seed: str) -> Iterator[None]:
+    """Scores repeat, and the caller's random state stays: TorchRL's checkers draw an argument they do not accept.
+
+    google/IFEval has one such: `letter_frequency` of "#", which is no letter, so another is drawn in its place.
+    """
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 def _score(problem: "Problem", response: str) -> tuple[float, bool]:
     """Reward, and whether every instruction is followed."""
     scorer = _scorer()
@@ -91,6 +107,7 @@ def _score(problem: "Problem", response: str) -> tuple[float, bool]:
 
     answers = ANSWER.findall(response)
     row = TensorDict({name: NonTensorData(problem.metadata[name]) for name in ("key", "instruction_id_list", "kwargs")})
-    score = _process_results(row, answers[0] if answers else "", prompt=problem.question)
+    with _same_draws_each_time(problem.question):
+        score = _process_results(row, answers[0] if answers else "", prompt=problem.question)
     reward = scorer.default_reward_aggregator(score, think_blocks=THINK.findall(response), answer_blocks=answers)
     return float(reward), bool(score.prompt_level_strict_acc)

@@ -1,4 +1,4 @@
-"""The reference model: a scorer, the actor that owns it, and its client.
+"""The reference model's work: log-probs of given tokens.
 
 Imports no TorchRL, which would take longer to load than most reference models.
 """
@@ -6,14 +6,11 @@ Imports no TorchRL, which would take longer to load than most reference models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from expert_iteration.log_probs import pad_rows, token_log_probs
-from expert_iteration.models import load_model
-from expert_iteration.screen import redirect_output
 
 
 class ReferenceScorer:
@@ -72,47 +69,3 @@ class ReferenceScorer:
             log_probs = token_log_probs(self.model, input_ids.to(self.device), attention_mask.to(self.device))
         # Copies, for a slice would keep (and pickle) the padded batch it is a view of.
         return [values[: len(row)].clone() for values, row in zip(log_probs.cpu(), rows, strict=True)]
-
-
-class ReferenceActor:
-    """Loads the frozen start model in its process and scores with it.
-
-    Args:
-        name: hub id or folder of the model.
-        dtype, attn_implementation, device: how to load it.
-        pad_token_id: any valid id; padding is masked.
-        micro_batch_size: rows scored at once.
-        log_path: where this process's output goes.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        dtype: str,
-        attn_implementation: str,
-        device: str,
-        pad_token_id: int,
-        micro_batch_size: int,
-        log_path: str,
-    ) -> None:
-        redirect_output(log_path)
-        model = load_model(name, dtype=dtype, attn_implementation=attn_implementation, device=device)
-        self._scorer = ReferenceScorer(model, pad_token_id, micro_batch_size)
-
-    def score(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """See `ReferenceScorer.score`."""
-        return self._scorer.score(rows)
-
-
-class ReferenceClient:
-    """A picklable handle on the reference's actor."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def score(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """See `ReferenceScorer.score`."""
-        import ray
-
-        return ray.get(self._actor.score.remote(rows))

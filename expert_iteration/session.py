@@ -15,14 +15,14 @@ import torch
 from ray.util.queue import Queue
 
 import ei_utils
+from expert_iteration.actors import CollectorClient
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.config import Config
-from expert_iteration.metrics import Metrics
 from expert_iteration.screen import Progress, RemoteScreen
+from expert_iteration.sizes import derive_sizes
 from expert_iteration.summary import Summary
 from expert_iteration.tasks import load_task
 from expert_iteration.wandb_logger import make_loggers
-from expert_iteration.weight_update import choose_directory
 
 LOG_QUEUE_SIZE = 1000
 
@@ -43,36 +43,46 @@ class Session:
     def __init__(self, cfg: Config, run_dir: Path, allocation: Any, screen: RemoteScreen, started: float) -> None:
         self._cfg, self._run_dir, self._screen, self._started = cfg, run_dir, screen, started
         log_dir = run_dir / "logs"
-        self._tokenizer = ei_utils.get_tokenizer(cfg)
-        # Actors load their models and libraries while this process loads its own.
-        self._engine = ei_utils.get_inference_model(cfg, self._tokenizer, allocation, log_dir)
-        reference = ei_utils.get_ref_model(cfg, self._tokenizer, allocation, log_dir)
+        # First what only starts a process: the actors load their models while this process loads TorchRL and its own.
+        self._engine = ei_utils.get_inference_model(cfg, allocation, log_dir)
+        reference = ei_utils.get_ref_model(cfg, allocation, log_dir)
+        log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
+        collector = ei_utils.start_collector(cfg, self._engine, reference, log_queue, log_dir)
+        self._seconds = {"timeit/start/actors_started": self._elapsed()}
+
+        from expert_iteration.metrics import Metrics
+        from expert_iteration.weight_update import choose_directory
+
         self._buffer_owner = ei_utils.make_replay_buffer(cfg)
         self.replay_buffer = self._buffer_owner.client()
-        log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
-        self.collector = ei_utils.make_collector(cfg, self._engine, reference, self.replay_buffer, log_queue, log_dir)
+        self.collector = CollectorClient(
+            collector,
+            self.replay_buffer,
+            derive_sizes(cfg).num_batches,
+            # The engine generates the next batch while the learner trains on this one.
+            overlap=cfg.train.sync_iter is False,
+        )
+        self._tokenizer = ei_utils.get_tokenizer(cfg)
         self.policy_training = ei_utils.get_train_model(cfg, allocation)
         self.learner = ei_utils.make_learner(cfg, self.policy_training, self._tokenizer)
+        self._summary = Summary(cfg)
+        loggers = make_loggers(cfg, run_dir, "sync" if cfg.train.sync else "async")
+        self.metrics = Metrics(
+            run_dir,
+            loggers=[*loggers, self._summary, Progress(screen)],
+            log_queue=log_queue,
+            logging_frequency=cfg.train.logging_frequency,
+            clock=self._elapsed,
+        )
         task = load_task(cfg)
         num_bytes = sum(tensor.nbytes for tensor in self.policy_training.state_dict().values())
         self._weights_directory = choose_directory(run_dir, f"expert-iteration-{uuid4().hex}", num_bytes)
         self.weight_updater = ei_utils.make_weight_updater(
             cfg, self._engine, task, self._tokenizer, self._weights_directory
         )
-        self._summary = Summary(cfg)
-        self.metrics = Metrics(
-            run_dir,
-            loggers=[
-                *make_loggers(cfg, run_dir, "sync" if cfg.train.sync else "async"),
-                self._summary,
-                Progress(screen),
-            ],
-            log_queue=log_queue,
-            logging_frequency=cfg.train.logging_frequency,
-            clock=lambda: time.time() - started,
-        )
         self.evaluator = ei_utils.make_evaluator(cfg, self._engine, task, self._tokenizer, self.metrics)
         self.checkpointer = Checkpointer(run_dir / cfg.logging.checkpoint_dir, self.learner, cfg)
+        self._seconds["timeit/start/trainer_ready"] = self._elapsed()
 
     def collaborators(self) -> dict[str, Any]:
         """What `train` takes, by name."""
@@ -89,7 +99,9 @@ class Session:
 
     def __enter__(self) -> Self:
         self._screen.say("waiting for the engine")
-        self.metrics.log(self.weight_updater.verify_start(self.policy_training), step=0)
+        self._engine.version()
+        self._seconds["timeit/start/engine_ready"] = self._elapsed()
+        self.metrics.log(self._seconds | self.weight_updater.verify_start(self.policy_training), step=0)
         return self
 
     def finish(self) -> None:
@@ -108,3 +120,7 @@ class Session:
         # Whoever sees the name sees a whole file.
         os.replace(temporary, self._run_dir / "summary.json")
         shutil.rmtree(self._weights_directory)
+
+    def _elapsed(self) -> float:
+        """Seconds since the user's process started."""
+        return time.time() - self._started

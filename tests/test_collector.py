@@ -80,7 +80,6 @@ def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_toke
         ),
         selector=TopKRewardSelector(REPEATS, topk, group_key="group_id"),
         retrieve_log_prob=RetrieveLogProb(parts.reference.score),
-        replay_buffer=parts.buffer,
         postproc=lambda batch: parts.batches.append(batch) or batch,
         log_record=parts.records.append,
         **{"dialog_turns_per_batch": TURNS, "num_batches": 3, "num_sample_groups": 2, **options},
@@ -91,7 +90,7 @@ def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_toke
 def collect(parts, batches=1):
     for _ in range(batches):
         parts.collector.collect()
-        summary = parts.collector.write()
+        summary = parts.collector.write(parts.buffer)
     return summary
 
 
@@ -229,12 +228,12 @@ def test_nothing_is_written_before_it_is_asked_for(tiny_tokenizer):
     parts = make_collector(tiny_tokenizer)
     parts.collector.collect()
     assert len(parts.buffer) == 0
-    parts.collector.write()
+    parts.collector.write(parts.buffer)
     before = sorted(map(identity, stored(parts)))
     assert len(before) == 8
     parts.collector.collect()
     assert sorted(map(identity, stored(parts))) == before
-    parts.collector.write()
+    parts.collector.write(parts.buffer)
     assert len(parts.buffer) == parts.buffer.write_count == 16
 
 
@@ -313,7 +312,7 @@ def test_the_hook_sees_every_response_and_a_record_is_sent_for_each_batch(tiny_t
 def test_writing_follows_collecting(tiny_tokenizer):
     parts = make_collector(tiny_tokenizer)
     with pytest.raises(AssertionError, match="follows collect"):
-        parts.collector.write()
+        parts.collector.write(parts.buffer)
     collect(parts)
     with pytest.raises(AssertionError, match="follows collect"):
-        parts.collector.write()
+        parts.collector.write(parts.buffer)

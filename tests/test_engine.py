@@ -24,7 +24,7 @@ def start_engine(model_folder, tokenizer, **overrides):
     for name, value in overrides.items():
         setattr(config, name, value)
     actor = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(VLLMEngine).remote(
-        str(model_folder), config, stop_token_ids=[end_of_turn_id(tokenizer)], seed=0
+        str(model_folder), config
     )
     return EngineClient(actor)
 

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,15 @@ TWO_CAPITALS = ("change_case:capital_word_frequency", {"capital_relation": "at l
 def test_ifeval_reward_and_pass(problem, response, reward, correct):
     assert ifeval.ifeval_rewards([problem], [response]) == [pytest.approx(reward)]
     assert ifeval.ifeval_corrects([problem], [response]) == [correct]
+
+
+def test_argument_that_torchrl_replaces_by_a_drawn_one_gives_the_same_score_each_time():
+    no_letter = ("keywords:letter_frequency", {"letter": "#", "let_relation": "at least", "let_frequency": 1})
+    problems, responses = [ifeval_problem(no_letter)] * 50, [answered("acegikmoqsuwy")] * 50
+    state = random.getstate()
+    # Half of the alphabet is there: fifty draws that agree by chance would be one in 2^49.
+    assert len(set(ifeval.ifeval_rewards(problems, responses))) == 1
+    assert random.getstate() == state
 
 
 def test_missing_punkt_is_said_once_a_process(caplog):
