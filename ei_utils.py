@@ -14,19 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 import torch
 from ray.util.queue import Empty, Full
 
 from expert_iteration.actors import CollectorActor, ReferenceActor, ReferenceClient
+from expert_iteration.cluster import given, start_actor, thread_environment
 from expert_iteration.config import Config
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
-from expert_iteration.models import load_model, load_tokenizer, model_path, thread_environment
+from expert_iteration.models import load_model, load_tokenizer, model_path
 from expert_iteration.schedule import create_cosine_scheduler_with_warmup, make_scheduler
 from expert_iteration.seeds import derive_seed
 from expert_iteration.sizes import derive_sizes
-from expert_iteration.tasks import Task, load_task
+from expert_iteration.tasks import Task
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -169,14 +169,13 @@ def get_hf_model(cfg: Config, *, dtype: str, attn_implementation: str, device: s
 
 
 def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
-    """The policy to be trained: float32 master weights, on the first training device."""
-    devices = allocation["train_model_devices"]
+    """The policy to be trained, with float32 master weights. Ray shows this process its own accelerator only."""
     model = get_hf_model(
         cfg,
         # Updates of a usual size vanish in half precision; autocast lowers the forward pass only.
         dtype="float32",
         attn_implementation=cfg.train_model.attn_implementation,
-        device=f"cuda:{devices[0]}" if devices else "cpu",
+        device="cuda" if allocation["train_model_devices"] else "cpu",
     )
     if cfg.train_model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -185,12 +184,12 @@ def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
 
 def get_inference_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> EngineClient:
     """Start vLLM with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
-    actor = _start_actor(
+    actor = start_actor(
         VLLMEngine,
         {
             "num_gpus": len(allocation["inference_model_devices"]),
             "concurrency_groups": CONCURRENCY_GROUPS,
-            "runtime_env": {"env_vars": thread_environment(cfg.inference_model.num_threads)},
+            "runtime_env": thread_environment(cfg.inference_model.num_threads),
         },
         model_path(cfg),
         cfg.inference_model,
@@ -203,9 +202,9 @@ def get_inference_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path
 def get_ref_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> ReferenceClient:
     """Start the frozen start model in an actor of its own; returns at once."""
     devices = allocation["ref_model_devices"]
-    actor = _start_actor(
+    actor = start_actor(
         ReferenceActor,
-        {"num_gpus": len(devices), "runtime_env": {"env_vars": thread_environment(cfg.ref_model.num_threads)}},
+        {"num_gpus": len(devices), "runtime_env": thread_environment(cfg.ref_model.num_threads)},
         model_path(cfg),
         cfg.ref_model,
         device="cuda" if devices else "cpu",
@@ -237,7 +236,7 @@ def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
     capacity = derive_sizes(cfg).buffer_size
     return RayReplayBuffer(
         replay_buffer_cls=ExpertReplayBuffer,
-        remote_config={"num_cpus": 0, "num_gpus": 0, **_given(cfg.ray.replay_buffer_config)},
+        remote_config={"num_cpus": 0, "num_gpus": 0, **given(cfg.ray.replay_buffer_config)},
         storage=partial(LazyStackStorage, capacity),
         sampler=SamplerWithoutReplacement,
         batch_size=cfg.train.optim_batch_size,
@@ -247,18 +246,20 @@ def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
 
 
 def start_collector(
-    cfg: Config, engine: EngineClient, reference: ReferenceClient, log_queue: Any, log_dir: Path
+    cfg: Config, task: Task, engine: EngineClient, reference: ReferenceClient, log_queue: Any, log_dir: Path
 ) -> Any:
     """Start the collector's actor; returns its handle at once."""
-    return _start_actor(
+    return start_actor(
         CollectorActor,
-        _given(cfg.ray.collector_config),
-        partial(make_collector, cfg, engine, reference, log_queue),
+        given(cfg.ray.collector_config),
+        partial(make_collector, cfg, task, engine, reference, log_queue),
         str(log_dir / "collector.log"),
     )
 
 
-def make_collector(cfg: Config, engine: EngineClient, reference: ReferenceClient, log_queue: Any) -> ExpertCollector:
+def make_collector(
+    cfg: Config, task: Task, engine: EngineClient, reference: ReferenceClient, log_queue: Any
+) -> ExpertCollector:
     """What the collector's actor consists of; called in its process."""
     from expert_iteration.collector import ExpertCollector
     from expert_iteration.policy import EnginePolicy
@@ -270,7 +271,7 @@ def make_collector(cfg: Config, engine: EngineClient, reference: ReferenceClient
     inference = cfg.inference_model
     data_logger = RemoteDataLogger(log_queue)
     return ExpertCollector(
-        make_env=partial(make_env, cfg, load_task(cfg), tokenizer),
+        make_env=partial(make_env, cfg, task, tokenizer),
         policy=EnginePolicy(
             engine,
             tokenizer,
@@ -368,11 +369,6 @@ def autocast_dtype(cfg: Config) -> torch.dtype | None:
     return dtype if cfg.train.mixed_precision and dtype is not torch.float32 else None
 
 
-def _start_actor(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """A Ray actor that reserves no CPU unless the options say so: on few cores the processes share them."""
-    return ray.remote(**{"num_cpus": 0} | options)(actor_class).remote(*args, **kwargs)
-
-
 def _describe(name: str, values: Sequence[float]) -> dict[str, float]:
     """Mean, standard deviation (0 for a single value), least and greatest."""
     return {
@@ -381,8 +377,3 @@ def _describe(name: str, values: Sequence[float]) -> dict[str, float]:
         f"{name}/min": min(values),
         f"{name}/max": max(values),
     }
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are set; null means that Ray's or our default holds."""
-    return {name: value for name, value in options.items() if value is not None}

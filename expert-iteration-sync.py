@@ -81,7 +81,7 @@ def train(
             push_weights()
     if pushed_at < learner.optimizer_steps:
         push_weights()
-    if not is_due(weight_updater.pushes, cfg.eval.frequency):
+    if weight_updater.pushes and not is_due(weight_updater.pushes, cfg.eval.frequency):
         evaluator.evaluate(learner.gradient_steps)
 
 

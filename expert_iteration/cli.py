@@ -26,6 +26,7 @@ from expert_iteration.config import Config, register_schema
 from expert_iteration.devices import check_devices
 from expert_iteration.errors import UserError
 from expert_iteration.hub import check_model_available
+from expert_iteration.installation import check_installation
 from expert_iteration.resolve import resolve_config
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
@@ -141,6 +142,7 @@ def _first_value(override: Override) -> str:
 
 
 def _run_job(main: Main, cfg: DictConfig, mode: str) -> None:
+    check_installation()
     config = resolve_config(cfg, mode)
     check_devices(config)
     check_model_available(config.model.name)

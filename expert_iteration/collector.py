@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tensordict import TensorDictBase, lazy_stack
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.collectors.llm import LLMCollector
 
 from expert_iteration.actors import CollectedBatch
@@ -127,8 +127,11 @@ class ExpertCollector:
 
 
 def _prune(rows: TensorDictBase) -> TensorDictBase:
-    """Only what the buffer keeps."""
-    return lazy_stack([row.select(*ROW_KEYS) for row in rows.unbind(0)])
+    """Only what the buffer keeps, in plain tensordicts.
+
+    The environment's own classes travel badly: whoever unpickles one imports vLLM with it, which takes seconds.
+    """
+    return lazy_stack([TensorDict({key: row.get(key) for key in ROW_KEYS}) for row in rows.unbind(0)])
 
 
 def _sample_groups(batch: TensorDictBase, selected: TensorDictBase | None, num_groups: int) -> list[dict[str, Any]]:

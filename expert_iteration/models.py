@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,13 +85,3 @@ def chat_prompt_ids(tokenizer: Any, system_prompt: str | None, question: str) ->
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """An id to fill batches with. Padding is masked wherever it is read, so a tokenizer without one may lend any."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-
-
-def thread_environment(num_threads: int | None) -> dict[str, str]:
-    """Environment variables that give a process its number of CPU threads, by default all cores."""
-    return {"OMP_NUM_THREADS": str(num_threads or os.cpu_count() or 1)}

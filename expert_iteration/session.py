@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from uuid import uuid4
 
 import torch
 from ray.util.queue import Queue
+from transformers import set_seed
 
 import ei_utils
 from expert_iteration.actors import CollectorClient
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.config import Config
 from expert_iteration.screen import Progress, RemoteScreen
+from expert_iteration.seeds import derive_seed
 from expert_iteration.sizes import derive_sizes
 from expert_iteration.summary import Summary
-from expert_iteration.tasks import load_task
+from expert_iteration.tasks import Task
 from expert_iteration.wandb_logger import make_loggers
+from expert_iteration.weights_directory import choose_directory, remove_directories
 
 LOG_QUEUE_SIZE = 1000
 
@@ -34,24 +35,27 @@ class Session:
 
     Args:
         cfg: the configuration.
+        task: prompts, rewards and what is held out.
         run_dir: of the run.
         allocation: which model has which devices.
         screen: to the terminal.
         started: when the user's process started, in seconds since the epoch.
     """
 
-    def __init__(self, cfg: Config, run_dir: Path, allocation: Any, screen: RemoteScreen, started: float) -> None:
+    def __init__(
+        self, cfg: Config, task: Task, run_dir: Path, allocation: Any, screen: RemoteScreen, started: float
+    ) -> None:
+        set_seed(derive_seed(cfg.seed, "training"))
         self._cfg, self._run_dir, self._screen, self._started = cfg, run_dir, screen, started
         log_dir = run_dir / "logs"
         # First what only starts a process: the actors load their models while this process loads TorchRL and its own.
         self._engine = ei_utils.get_inference_model(cfg, allocation, log_dir)
         reference = ei_utils.get_ref_model(cfg, allocation, log_dir)
         log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
-        collector = ei_utils.start_collector(cfg, self._engine, reference, log_queue, log_dir)
+        collector = ei_utils.start_collector(cfg, task, self._engine, reference, log_queue, log_dir)
         self._seconds = {"timeit/start/actors_started": self._elapsed()}
 
         from expert_iteration.metrics import Metrics
-        from expert_iteration.weight_update import choose_directory
 
         self._buffer_owner = ei_utils.make_replay_buffer(cfg)
         self.replay_buffer = self._buffer_owner.client()
@@ -74,12 +78,9 @@ class Session:
             logging_frequency=cfg.train.logging_frequency,
             clock=self._elapsed,
         )
-        task = load_task(cfg)
         num_bytes = sum(tensor.nbytes for tensor in self.policy_training.state_dict().values())
-        self._weights_directory = choose_directory(run_dir, f"expert-iteration-{uuid4().hex}", num_bytes)
-        self.weight_updater = ei_utils.make_weight_updater(
-            cfg, self._engine, task, self._tokenizer, self._weights_directory
-        )
+        weights_directory = choose_directory(run_dir, num_bytes)
+        self.weight_updater = ei_utils.make_weight_updater(cfg, self._engine, task, self._tokenizer, weights_directory)
         self.evaluator = ei_utils.make_evaluator(cfg, self._engine, task, self._tokenizer, self.metrics)
         self.checkpointer = Checkpointer(run_dir / cfg.logging.checkpoint_dir, self.learner, cfg)
         self._seconds["timeit/start/trainer_ready"] = self._elapsed()
@@ -98,11 +99,14 @@ class Session:
         }
 
     def __enter__(self) -> Self:
+        return self
+
+    def start(self) -> None:
+        """Wait for the engine, and prove that it has loaded the same weights as this process."""
         self._screen.say("waiting for the engine")
         self._engine.version()
         self._seconds["timeit/start/engine_ready"] = self._elapsed()
         self.metrics.log(self._seconds | self.weight_updater.verify_start(self.policy_training), step=0)
-        return self
 
     def finish(self) -> None:
         """What a completed run leaves beside its metrics: a last checkpoint, and the model as `last/`."""
@@ -119,7 +123,7 @@ class Session:
         temporary.write_text(json.dumps(summary, indent=2))
         # Whoever sees the name sees a whole file.
         os.replace(temporary, self._run_dir / "summary.json")
-        shutil.rmtree(self._weights_directory)
+        remove_directories(self._run_dir)
 
     def _elapsed(self) -> float:
         """Seconds since the user's process started."""

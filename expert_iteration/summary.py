@@ -93,6 +93,11 @@ def failure_summary(cfg: Config, error: BaseException, started: float) -> dict[s
 
 
 def _outcome(cfg: Config, error: BaseException | None) -> dict[str, Any]:
+    from ray.exceptions import RayTaskError
+
+    # An error of another process comes wrapped, and its text is then that process's traceback; logs/ has it.
+    while isinstance(error, RayTaskError):
+        error = error.cause
     status = "completed" if error is None else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     return {
         "status": status,

@@ -9,7 +9,6 @@ every `weight_update.probe_frequency` pushes.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -200,12 +199,3 @@ def _distance(first: float, second: float) -> float:
     """How far apart two log-probs are; infinitely, if one is NaN (which would compare as no difference)."""
     distance = abs(first - second)
     return math.inf if math.isnan(distance) else distance
-
-
-def choose_directory(run_dir: Path, name: str, num_bytes: int) -> Path:
-    """A new directory for weights in flight: in shared memory if two versions fit there, else in the run directory."""
-    shared_memory = Path("/dev/shm")
-    fits = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 2 * num_bytes
-    directory = (shared_memory if fits else run_dir) / name
-    directory.mkdir(parents=True)
-    return directory

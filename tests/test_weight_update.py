@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from expert_iteration import weight_update
-from expert_iteration.loss import token_log_probs
+from expert_iteration.log_probs import token_log_probs
 from expert_iteration.weight_update import WeightMismatchError, WeightUpdater, choose_directory
 
 PROBE = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8]]

@@ -19,7 +19,7 @@ import ei_utils
 from expert_iteration.cli import compose_config
 from expert_iteration.collector import ExpertCollector
 from expert_iteration.engine import Sampling, VLLMEngine
-from expert_iteration.models import end_of_turn_id, model_path
+from expert_iteration.models import model_path
 from expert_iteration.policy import EnginePolicy
 from expert_iteration.resolve import resolve_config
 from expert_iteration.selection import TopKRewardSelector
@@ -27,7 +27,7 @@ from expert_iteration.tasks import load_task
 
 
 class TimedEngine(VLLMEngine):
-    """Remembers the prompts and the seconds of the last call."""
+    """Remembers the prompts and the number of tokens of the last call."""
 
     def sample(self, prompts, sampling, seed):
         self.last_prompts = prompts
@@ -48,14 +48,13 @@ def main() -> None:
         "sync",
     )
     tokenizer = ei_utils.get_tokenizer(cfg)
-    engine = TimedEngine(model_path(cfg), cfg.inference_model, stop_token_ids=[end_of_turn_id(tokenizer)])
+    engine = TimedEngine(model_path(cfg), cfg.inference_model)
     sampling = Sampling(max_tokens=cfg.inference_model.max_tokens, temperature=cfg.inference_model.temperature)
     collector = ExpertCollector(
         make_env=lambda: ei_utils.make_env(cfg, load_task(cfg), tokenizer),
         policy=EnginePolicy(engine, tokenizer, sampling, seed=0),
         selector=TopKRewardSelector(cfg.env.repeats, cfg.train.topk_size, group_key="group_id"),
         retrieve_log_prob=lambda rows: rows,
-        replay_buffer=[],
         postproc=lambda batch: batch,
         log_record=lambda record: None,
         dialog_turns_per_batch=arguments.batch,

@@ -1,0 +1,93 @@
+"""Ray: starting or joining it, and whether it can give what a run asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from expert_iteration.config import Config
+from expert_iteration.devices import DeviceAllocation, compute_device_allocation
+from expert_iteration.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def start_ray(cfg: Config) -> DeviceAllocation:
+    """Start Ray on this machine, or join the cluster of `ray.init_config.address`.
+
+    Returns:
+        Which model gets which of its accelerators.
+
+    Raises:
+        UserError: it has fewer CPUs, accelerators or other resources than the run asks for. Ray would wait for ever.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's notice that a future release will stop hiding accelerators from actors without any.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options = given(cfg.ray.init_config)
+    # Actors import the package and ei_utils from any working directory.
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))}
+    runtime_env = options.get("runtime_env", {})
+    options["runtime_env"] = runtime_env | {"env_vars": environment | runtime_env.get("env_vars", {})}
+    ray.init(**{"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR} | options)
+    available = ray.cluster_resources()
+    allocation = compute_device_allocation(cfg, int(available.get("GPU", 0)))
+    check_resources(cfg, allocation, available)
+    return allocation
+
+
+def check_resources(cfg: Config, allocation: DeviceAllocation, available: dict[str, float]) -> None:
+    """Refuse what could never be placed.
+
+    Args:
+        cfg: reads the dictionaries of the `ray` section.
+        allocation: which model gets which accelerators.
+        available: resources by Ray's name (`ray.cluster_resources()`).
+
+    Raises:
+        UserError: names the resource, what each part asks of it, and what there is.
+    """
+    asked = {
+        "collector_config": cfg.ray.collector_config,
+        "train_handler_config": cfg.ray.train_handler_config,
+        "replay_buffer_config": cfg.ray.replay_buffer_config,
+    }
+    requests = {name: _resources(given(options)) for name, options in asked.items()}
+    requests["the models"] = Counter(GPU=allocation["ray_num_gpus"])
+    for resource in sorted(set().union(*requests.values())):
+        parts = {name: request[resource] for name, request in requests.items() if request[resource]}
+        if sum(parts.values()) > available.get(resource, 0):
+            listed = ", ".join(f"{amount:g} for {name}" for name, amount in parts.items())
+            raise UserError(
+                f"Ray has {available.get(resource, 0):g} {resource}, but the run asks for {sum(parts.values()):g} "
+                f"({listed}): lower the numbers in the ray section (null sizes them from the machine), or join a "
+                "larger cluster with ray.init_config.address."
+            )
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are set; null means that Ray's or our default holds."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def start_actor(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A Ray actor that reserves no CPU unless the options say so: on few cores the processes share them."""
+    return ray.remote(**{"num_cpus": 0} | options)(actor_class).remote(*args, **kwargs)
+
+
+def thread_environment(num_threads: int | None) -> dict[str, Any]:
+    """The runtime environment that gives a process its number of CPU threads, by default all cores.
+
+    A variable, because torch's own setting holds for one thread only and Ray runs an actor's methods in several.
+    """
+    return {"env_vars": {"OMP_NUM_THREADS": str(num_threads or os.cpu_count() or 1)}}
+
+
+def _resources(options: dict[str, Any]) -> Counter[str]:
+    amounts = {"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0), **options.get("resources", {})}
+    return Counter(amounts)

@@ -1,0 +1,241 @@
+"""The synchronous algorithm with all its real parts in one process, around an engine whose responses are scripted.
+
+Neither Ray nor vLLM: what is left is the flow of data, from a drawn prompt to a changed weight and a written file.
+"""
+
+import json
+import time
+from queue import SimpleQueue
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchrl.data import LazyStackStorage, SamplerWithoutReplacement
+
+import ei_utils
+from expert_iteration import tiny
+from expert_iteration.checkpoint import Checkpointer
+from expert_iteration.engine import Completion
+from expert_iteration.log_probs import token_log_probs
+from expert_iteration.metrics import Metrics
+from expert_iteration.models import chat_prompt_ids
+from expert_iteration.replay_buffer import ExpertReplayBuffer
+from expert_iteration.scorer import ReferenceScorer
+from expert_iteration.summary import Summary
+from expert_iteration.tasks import load_task
+
+OVERRIDES = (
+    "env.repeats=4",
+    "env.num_envs=8",
+    "train.dialog_turns_per_batch=16",
+    "train.total_dialog_turns=48",
+    "train.topk_size=1",
+    "train.optim_batch_size=4",
+    "train.epochs=4",
+    "train.checkpoint_frequency=5",
+    "optimizer.lr=1e-3",
+    "eval.frequency=0",
+    "eval.num_prompts=3",
+    "eval.num_samples=2",
+    "logging.backend=none",
+)
+STYLES = ("untagged", "careful", "hasty", "hasty")  # of the responses of a group; "careful" alone is right
+
+
+class ScriptedEngine:
+    """Responds in the tiny task's styles, in turn, whatever it has learned; holds and loads weights as an engine does."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.version, self.asked = model, tokenizer, 0, 0
+        problems = [*tiny.train_problems(), *tiny.heldout_problems()]
+        self.combinations = {problem.question: problem.combination for problem in problems}
+
+    def sample(self, prompts, sampling, seed):
+        return [[self.respond(prompt) for _ in range(sampling.num_samples)] for prompt in prompts]
+
+    def respond(self, prompt):
+        question = self.tokenizer.decode(prompt).split("user\n")[1].split(tiny.END_OF_TURN)[0]
+        text = tiny.respond(self.combinations[question], STYLES[self.asked % len(STYLES)]) + tiny.END_OF_TURN
+        self.asked += 1
+        return Completion(self.tokenizer(text)["input_ids"], "stop", self.version)
+
+    def load_weights(self, update_info, version, timeout):
+        self.model.load_state_dict(torch.load(update_info["path"], weights_only=True))
+        self.version = version
+        return {"wait_seconds": 0.0, "load_seconds": 0.0}
+
+    @torch.no_grad()
+    def token_log_probs(self, sequences):
+        rows = [torch.tensor([sequence]) for sequence in sequences]
+        return [token_log_probs(self.model, ids, torch.ones_like(ids))[0].tolist() for ids in rows]
+
+
+class LocalCollector:
+    """`CollectorClient` without an actor."""
+
+    def __init__(self, collector, replay_buffer, num_batches):
+        self.collector, self.replay_buffer, self.num_batches = collector, replay_buffer, num_batches
+
+    def __iter__(self):
+        for _ in range(self.num_batches):
+            self.collector.collect()
+            yield self.collector.write(self.replay_buffer)
+
+
+def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
+    """One run; returns its collaborators by name, and what else the tests look at."""
+    run_dir.mkdir()
+    task, log_queue, started = load_task(cfg), SimpleQueue(), time.time()
+    engine, policy, summary = ScriptedEngine(load_model(), tokenizer), load_model(), Summary(cfg)
+    sizes = ei_utils.derive_sizes(cfg)
+    buffer = ExpertReplayBuffer(
+        storage=LazyStackStorage(sizes.buffer_size),
+        sampler=SamplerWithoutReplacement(),
+        batch_size=cfg.train.optim_batch_size,
+        capacity=sizes.buffer_size,
+        seed=0,
+    )
+    reference = ReferenceScorer(load_model(), pad_token_id=0, micro_batch_size=8)
+    collector = ei_utils.make_collector(cfg, task, engine, reference, log_queue)
+    metrics = Metrics(run_dir, loggers=[summary], log_queue=log_queue, logging_frequency=1)
+    learner = ei_utils.make_learner(cfg, policy, tokenizer)
+    updater = ei_utils.make_weight_updater(cfg, engine, task, tokenizer, run_dir)
+    updater.verify_start(policy)
+    script.train(
+        cfg,
+        collector=LocalCollector(collector, buffer, sizes.num_batches),
+        replay_buffer=buffer,
+        learner=learner,
+        policy_training=policy,
+        weight_updater=updater,
+        evaluator=ei_utils.make_evaluator(cfg, engine, task, tokenizer, metrics),
+        checkpointer=Checkpointer(run_dir / "checkpoints", learner, cfg),
+        metrics=metrics,
+    )
+    metrics.close()
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return SimpleNamespace(
+        engine=engine,
+        policy=policy,
+        lines=lines,
+        task=task,
+        summary=summary.to_dict(None, learner, updater, started),
+        checkpoints=sorted(path.name for path in (run_dir / "checkpoints").iterdir()),
+    )
+
+
+@pytest.fixture(scope="module")
+def start_run(load_script, make_cfg, tiny_folder, tiny_tokenizer, tmp_path_factory):
+    from expert_iteration.models import load_model
+
+    def start(*overrides):
+        cfg = make_cfg(f"model.name={tiny_folder}", *OVERRIDES, *overrides)
+        return run_algorithm(
+            load_script("expert-iteration-sync"),
+            cfg,
+            lambda: load_model(str(tiny_folder), dtype="float32", attn_implementation="sdpa", device="cpu"),
+            tiny_tokenizer,
+            tmp_path_factory.mktemp("runs") / "run",
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def done(start_run):
+    return start_run()
+
+
+def values(run, name):
+    return [line[name] for line in run.lines if name in line]
+
+
+@torch.no_grad()
+def preference(model, tokenizer, task):
+    """By how much a careful response to a held-out problem is likelier than a hasty one, in log-probs per token."""
+    gaps = []
+    problems = {problem.question: problem for problem in tiny.heldout_problems()}
+    for problem in task.heldout:
+        prompt = chat_prompt_ids(tokenizer, task.system_prompt, problem.question)
+        means = {}
+        for style in ("careful", "hasty"):
+            text = tiny.respond(problems[problem.question].combination, style) + tiny.END_OF_TURN
+            ids = torch.tensor([prompt + tokenizer(text)["input_ids"]])
+            means[style] = token_log_probs(model, ids, torch.ones_like(ids))[0, len(prompt) :].mean().item()
+        gaps.append(means["careful"] - means["hasty"])
+    return sum(gaps) / len(gaps)
+
+
+def test_the_policy_comes_to_prefer_what_was_kept(done, tiny_tokenizer, load_tiny_model):
+    before = preference(load_tiny_model(), tiny_tokenizer, done.task)
+    after = preference(done.policy, tiny_tokenizer, done.task)
+    # Measured: +0.5; and -0.05 when the hasty responses are the ones that are kept.
+    assert after > before + 0.2
+
+
+def test_the_engine_ends_with_the_weights_of_the_last_step(done):
+    trained = done.policy.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in done.engine.model.state_dict().items())
+    assert done.engine.version == 3
+
+
+def test_the_counts_of_the_summary_are_those_of_the_run(done):
+    expected = {
+        "dialog_turns": 48,
+        "groups_seen": 12,
+        "groups_kept": 12,
+        "responses_kept": 12,
+        "gradient_steps": 12,  # 4 kept a batch are one micro-batch; 4 epochs, 3 batches
+        "optimizer_steps": 12,
+        "weight_pushes": 3,
+        "policy_version": 3,
+    }
+    assert {name: done.summary[name] for name in expected} == expected
+    assert done.checkpoints == ["checkpoint_10.pt", "checkpoint_5.pt"]
+
+
+def test_what_is_trained_on_was_made_by_the_weights_last_pushed(done):
+    assert values(done, "train/policy_version") == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
+    assert set(values(done, "train/policy_age")) == {0.0}
+    assert values(done, "collector/policy_version/max") == [0, 1, 2]
+
+
+def test_only_right_responses_are_trained_on_though_few_are_right(done):
+    assert set(values(done, "train/reward")) == {1.0}
+    assert all(mean < 1.0 for mean in values(done, "collector/rewards/mean"))
+
+
+def test_the_policy_leaves_the_reference_with_the_first_step_and_not_before(done):
+    kl = values(done, "train/kl_to_ref")
+    # Quadratic in the 1e-6 by which padding changes a float32 log-prob.
+    assert abs(kl[0]) < 1e-9
+    assert min(kl[1:]) > 1e-6
+    assert kl[-1] > kl[1]
+
+
+def test_evaluation_is_of_the_engine_before_and_after(done):
+    assert [line["step"] for line in done.lines if "eval/pass@1" in line] == [0, 12]
+    assert values(done, "eval/num_prompts") == [3.0, 3.0]
+
+
+TIMES = ("_seconds", "_per_second")
+
+
+def without_times(lines):
+    return [
+        {
+            name: value
+            for name, value in line.items()
+            if name != "time" and not name.startswith("timeit/") and not name.endswith(TIMES) and "/time/" not in name
+        }
+        for line in lines
+    ]
+
+
+def test_a_seed_repeats_a_run_but_for_its_times(done, start_run):
+    again, other = start_run(), start_run("seed=1")
+    assert without_times(again.lines) == without_times(done.lines)
+    assert without_times(other.lines) != without_times(done.lines)
+    assert all(
+        torch.equal(one, two) for one, two in zip(done.policy.parameters(), again.policy.parameters(), strict=True)
+    )
