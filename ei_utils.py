@@ -297,8 +297,9 @@ def make_collector(
 
 def make_learner(cfg: Config, policy_training: nn.Module, tokenizer: Any) -> Learner:
     """Loss, optimizer, schedule, and what turns micro-batches into optimizer steps."""
-    from expert_iteration.learner import Learner, make_optimizer
+    from expert_iteration.learner import Learner
     from expert_iteration.loss import SFTLoss
+    from expert_iteration.optimizer import make_optimizer
 
     loss_fn = SFTLoss(
         actor_network=policy_training,

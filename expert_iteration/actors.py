@@ -114,10 +114,10 @@ class ReferenceClient:
     """A picklable handle on the reference's actor."""
 
     def __init__(self, actor: Any) -> None:
-        self._actor = actor
+        self.actor = actor
 
     def score(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `ReferenceScorer.score`."""
         import ray
 
-        return ray.get(self._actor.score.remote(rows))
+        return ray.get(self.actor.score.remote(rows))

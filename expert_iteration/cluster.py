@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,14 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 def start_actor(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """A Ray actor that reserves no CPU unless the options say so: on few cores the processes share them."""
     return ray.remote(**{"num_cpus": 0} | options)(actor_class).remote(*args, **kwargs)
+
+
+def stop_actors(actors: Sequence[Any], timeout: float = 10.0) -> None:
+    """Let actors exit by themselves, so that what they registered for their exit happens; wait for it a while.
+
+    Whoever is still busy then is killed when Ray stops. Being killed leaves, for one, semaphores in shared memory.
+    """
+    ray.wait([actor.__ray_terminate__.remote() for actor in actors], num_returns=len(actors), timeout=timeout)
 
 
 def thread_environment(num_threads: int | None) -> dict[str, Any]:

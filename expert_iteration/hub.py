@@ -1,10 +1,10 @@
-"""Whether a model of the Hugging Face hub can be had, asked once and quickly, before anything large is loaded."""
+"""The Hugging Face hub, asked once and quickly, before anything large is loaded."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 from expert_iteration.errors import UserError
 
@@ -31,9 +31,11 @@ def check_model_available(name: str, time_limit: float = TIME_LIMIT) -> None:
     """
     if not is_hub_id(name) or _is_cached(name):
         return
-    answer = _ask_hub(name, time_limit)
-    if answer is not None:
-        raise UserError(_explain(name, answer)) from answer
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    error = ask(lambda: get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=time_limit), time_limit)
+    if error is not None:
+        raise UserError(_explain(name, error)) from error
 
 
 def _is_cached(name: str) -> bool:
@@ -51,22 +53,20 @@ def _is_cached(name: str) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
-def _ask_hub(name: str, time_limit: float) -> BaseException | None:
-    """One HEAD request for the model's config.json: None if it is there, else what went wrong.
+def ask(question: Callable[[], object], time_limit: float) -> BaseException | None:
+    """Ask the hub something once: None if it answers in time, else what went wrong.
 
-    It runs in a daemon thread, because looking up a host name does not end when a socket's time limit is over.
+    In a daemon thread, because looking up a host's address knows no time limit.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    answer: Future[object] = Future()
 
-    answer: Future[Any] = Future()
-
-    def ask() -> None:
+    def run() -> None:
         try:
-            answer.set_result(get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=time_limit))
+            answer.set_result(question())
         except BaseException as error:  # handed over to the waiting thread
             answer.set_exception(error)
 
-    Thread(target=ask, daemon=True).start()
+    Thread(target=run, daemon=True).start()
     try:
         return answer.exception(timeout=time_limit)
     except TimeoutError as error:

@@ -23,13 +23,6 @@ from expert_iteration import schedule
 from expert_iteration.errors import UserError
 from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "AdamW": torch.optim.AdamW,
-    "Adam": torch.optim.Adam,
-    "SGD": torch.optim.SGD,
-}
-FULL_FINE_TUNING_LR = 1e-5
-
 
 class StepResult(dict[str, float]):
     """Metrics of one gradient step by name, and where it stands.
@@ -46,34 +39,6 @@ class StepResult(dict[str, float]):
     def __init__(self, metrics: Mapping[str, float], *, stepped: bool, step: int, since: int):
         super().__init__(metrics)
         self.stepped, self.step, self.since = stepped, step, since
-
-
-def make_optimizer(model: nn.Module, cfg_optimizer: Any) -> Optimizer:
-    """The optimizer of the configuration over the trainable parameters of `model`.
-
-    Weight decay acts on matrices only: decaying norms and biases (fewer than two dimensions) pulls them away from what
-    they are for without making the model simpler.
-
-    Args:
-        model: parameters with `requires_grad` are trained.
-        cfg_optimizer: name (AdamW, Adam or SGD), lr (None: 1e-5), weight_decay, betas (no effect on SGD).
-
-    Raises:
-        UserError: an unknown name, or a model without trainable parameters.
-    """
-    if cfg_optimizer.name not in OPTIMIZERS:
-        raise UserError(f"optimizer.name ({cfg_optimizer.name!r}) is unknown: choose one of {', '.join(OPTIMIZERS)}.")
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trainable:
-        raise UserError("The model has no trainable parameter.")
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg_optimizer.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    options: dict[str, Any] = {"lr": FULL_FINE_TUNING_LR if cfg_optimizer.lr is None else cfg_optimizer.lr}
-    if cfg_optimizer.name != "SGD":
-        options["betas"] = tuple(cfg_optimizer.betas)
-    return OPTIMIZERS[cfg_optimizer.name]([group for group in groups if group["params"]], **options)
 
 
 class Learner:

@@ -7,12 +7,12 @@ the caller counts those. A single file is the split "train".
 import contextlib
 import csv
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from expert_iteration.errors import UserError
+from expert_iteration.hub import ask
 
 HUB_PATIENCE_SECONDS = 8.0
 
@@ -91,21 +91,13 @@ def read_hub(hub_id: str, hub_config: str | None) -> dict[str, list[Any]]:
 
 
 def _hub_answers(hub_id: str) -> bool:
-    """Ask the hub for the data set once. `load_dataset` by itself would retry for more than 20 seconds."""
-    answers: list[Any] = []
+    """Whether the hub has the data set. `load_dataset` by itself would retry for more than 20 seconds.
 
-    def ask() -> None:
-        from huggingface_hub import HfApi
+    Whatever went wrong, the cache is tried next, and the error that ends the run is the cache's.
+    """
+    from huggingface_hub import HfApi
 
-        # Whatever fails, the cache is tried next, and the error that ends the run is the cache's.
-        with contextlib.suppress(Exception):
-            answers.append(HfApi().dataset_info(hub_id, timeout=5.0))
-
-    # In a thread, because looking up a host's address knows no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_PATIENCE_SECONDS)
-    return bool(answers)
+    return ask(lambda: HfApi().dataset_info(hub_id, timeout=HUB_PATIENCE_SECONDS), HUB_PATIENCE_SECONDS) is None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from transformers import set_seed
 import ei_utils
 from expert_iteration.actors import CollectorClient
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
+from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config
 from expert_iteration.screen import Progress, RemoteScreen
 from expert_iteration.seeds import derive_seed
@@ -53,6 +54,7 @@ class Session:
         reference = ei_utils.get_ref_model(cfg, allocation, log_dir)
         log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
         collector = ei_utils.start_collector(cfg, task, self._engine, reference, log_queue, log_dir)
+        self._actors = [self._engine.actor, reference.actor, collector]
         self._seconds = {"timeit/start/actors_started": self._elapsed()}
 
         from expert_iteration.metrics import Metrics
@@ -123,6 +125,7 @@ class Session:
         temporary.write_text(json.dumps(summary, indent=2))
         # Whoever sees the name sees a whole file.
         os.replace(temporary, self._run_dir / "summary.json")
+        stop_actors(self._actors)
         remove_directories(self._run_dir)
 
     def _elapsed(self) -> float:

@@ -33,7 +33,7 @@ OVERRIDES = (
     "train.optim_batch_size=4",
     "train.epochs=4",
     "train.checkpoint_frequency=5",
-    "optimizer.lr=1e-3",
+    "optimizer.lr=3e-3",
     "eval.frequency=0",
     "eval.num_prompts=3",
     "eval.num_samples=2",
@@ -43,7 +43,7 @@ STYLES = ("untagged", "careful", "hasty", "hasty")  # of the responses of a grou
 
 
 class ScriptedEngine:
-    """Responds in the tiny task's styles, in turn, whatever it has learned; holds and loads weights as an engine does."""
+    """Responds in the tiny task's styles, in turn, whatever it has learned; loads weights as an engine does."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.version, self.asked = model, tokenizer, 0, 0
@@ -166,11 +166,17 @@ def preference(model, tokenizer, task):
     return sum(gaps) / len(gaps)
 
 
-def test_the_policy_comes_to_prefer_what_was_kept(done, tiny_tokenizer, load_tiny_model):
-    before = preference(load_tiny_model(), tiny_tokenizer, done.task)
-    after = preference(done.policy, tiny_tokenizer, done.task)
-    # Measured: +0.5; and -0.05 when the hasty responses are the ones that are kept.
-    assert after > before + 0.2
+def test_the_policy_comes_to_prefer_what_is_rewarded(done, start_run, tiny_tokenizer, load_tiny_model, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def hasty(problems, responses):\n"
+        "    return [float(',' not in text and '<answer>' in text) for text in responses]\n"
+    )
+    turned = start_run(f"reward.fn={tmp_path / 'rewards.py'}:hasty")
+    models = load_tiny_model(), done.policy, turned.policy
+    start, careful, hasty = (preference(model, tiny_tokenizer, done.task) for model in models)
+    # Measured: 0.15 up, and 0.71 down with the reward that prefers the other responses.
+    assert careful > start + 0.05
+    assert hasty < start - 0.3
 
 
 def test_the_engine_ends_with_the_weights_of_the_last_step(done):

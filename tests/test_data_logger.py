@@ -212,6 +212,7 @@ def test_what_a_step_does_not_have_is_not_logged(tmp_path):
 
 def test_steps_per_write_are_finite_before_the_first_write(tmp_path):
     result = StepResult({"loss": 1.0}, stepped=False, step=1, since=0)
-    assert logged(tmp_path, result, versions=[0], policy_version=0, write_count=0.0)[
-        "train/gradient_steps_per_write"
-    ] == 12.0
+    assert (
+        logged(tmp_path, result, versions=[0], policy_version=0, write_count=0.0)["train/gradient_steps_per_write"]
+        == 12.0
+    )

@@ -23,9 +23,7 @@ def start_engine(model_folder, tokenizer, **overrides):
     config = resolve_config(compose_config("ei_tiny"), "sync").inference_model
     for name, value in overrides.items():
         setattr(config, name, value)
-    actor = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(VLLMEngine).remote(
-        str(model_folder), config
-    )
+    actor = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(VLLMEngine).remote(str(model_folder), config)
     return EngineClient(actor)
 
 

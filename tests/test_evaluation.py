@@ -20,9 +20,7 @@ def is_right(problems, texts):
 
 def reward_or_length(problems, texts):
     """1 for a right answer, a tenth of its length for a wrong one: not the same as `is_right`."""
-    return [
-        1.0 if text == problem.answer else len(text) / 10 for problem, text in zip(problems, texts, strict=True)
-    ]
+    return [1.0 if text == problem.answer else len(text) / 10 for problem, text in zip(problems, texts, strict=True)]
 
 
 class FakeEngine:

@@ -12,8 +12,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from expert_iteration.cadence import is_due
 from expert_iteration.errors import UserError
-from expert_iteration.learner import Learner, make_optimizer
+from expert_iteration.learner import Learner
 from expert_iteration.loss import SFTLoss
+from expert_iteration.optimizer import make_optimizer
 from expert_iteration.schedule import make_scheduler
 
 VOCABULARY = 50

@@ -1,8 +1,5 @@
 """`expert_iteration.models`: what a tokenizer and its chat template say of a turn, and how models are loaded."""
 
-import os
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
@@ -16,8 +13,6 @@ from expert_iteration.models import (
     load_model,
     load_tokenizer,
     model_path,
-    pad_id,
-    thread_environment,
 )
 from expert_iteration.tiny import CHAT_TEMPLATE as CHATML
 
@@ -125,12 +120,6 @@ def test_without_a_system_prompt_there_is_no_system_turn():
     assert (tokens.count("system"), tokens.count("user"), tokens.count("<|eot_id|>")) == (0, 1, 1)
 
 
-def test_padding_is_the_pad_token_or_any_valid_id():
-    assert pad_id(SimpleNamespace(pad_token_id=7)) == 7
-    assert pad_id(SimpleNamespace(pad_token_id=0)) == 0
-    assert pad_id(qwen_base_tokenizer()) == 0
-
-
 # --- loading ---
 
 
@@ -163,8 +152,3 @@ def test_the_model_is_the_one_named_or_the_built_in(make_cfg, tiny_folder, tmp_p
     )
     assert model_path(make_cfg("tiny.model_seed=3", f"tiny.cache_dir={tmp_path}")) == str(tmp_path / "built")
     assert asked == [(3, tmp_path)]
-
-
-def test_threads_are_those_configured_or_all():
-    assert thread_environment(3) == {"OMP_NUM_THREADS": "3"}
-    assert thread_environment(None) == {"OMP_NUM_THREADS": str(os.cpu_count())}

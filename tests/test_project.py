@@ -1,4 +1,4 @@
-"""The files around the code: the README's commands and snippets are real, requirements are pinned, make explains itself."""
+"""The files around the code: the README's commands and snippets are real, requirements pinned, make explains itself."""
 
 import re
 import shlex

@@ -110,7 +110,13 @@ def test_counts_are_the_latest_and_of_the_parts_that_count(make_cfg):
     ]
     summary = summarize(make_cfg(), *lines)
     expected = {"dialog_turns": 512, "groups_seen": 64, "groups_kept": 44, "responses_kept": 80, "empty_batches": 1}
-    expected |= {"gradient_steps": 128, "optimizer_steps": 64, "bad_steps": 1, "weight_pushes": 16, "policy_version": 16}
+    expected |= {
+        "gradient_steps": 128,
+        "optimizer_steps": 64,
+        "bad_steps": 1,
+        "weight_pushes": 16,
+        "policy_version": 16,
+    }
     assert {name: summary[name] for name in expected} == expected
     assert all(isinstance(summary[name], int) for name in expected)
 

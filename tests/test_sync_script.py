@@ -236,6 +236,14 @@ def test_every_gradient_step_is_logged(run):
     assert [extra["buffer/write_count"] for _, extra in done.metrics.trained] == [2.0, 2.0, 3.0]
 
 
+def test_a_flushed_optimizer_step_is_logged_too(run):
+    done = run("train.gradient_accumulation_steps=2", kept=[3, 2])
+    assert [(step, extra["optim_step"]) for step, extra in done.metrics.trained] == [
+        *((1, 0), (2, 1), (3, 1), (3, 2)),
+        *((4, 2), (5, 3)),
+    ]
+
+
 # --- pushes ---
 
 
@@ -257,9 +265,7 @@ def test_weight_update_frequency_counts_gradient_steps_and_waits_for_the_optimiz
     pushed_after = [event for event, then in zip(done.events, done.events[2:], strict=False) if then == "push"]
     # Due at 3, 6, 9, 12 and 15; optimizer steps are at the even ones.
     assert pushed_after == ["step 4", "step 6", "step 10", "step 12", "step 16"]
-    assert all(
-        done.events[index - 1] == "optimizer step" for index, event in enumerate(done.events) if event == "push"
-    )
+    assert all(done.events[index - 1] == "optimizer step" for index, event in enumerate(done.events) if event == "push")
 
 
 def test_two_pushes_that_fall_due_before_one_optimizer_step_are_one(run):

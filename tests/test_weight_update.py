@@ -2,16 +2,14 @@
 
 import math
 import re
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from expert_iteration import weight_update
 from expert_iteration.log_probs import token_log_probs
-from expert_iteration.weight_update import WeightMismatchError, WeightUpdater, choose_directory
+from expert_iteration.weight_update import WeightMismatchError, WeightUpdater
 
 PROBE = [[3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8]]
 # Two float32 computations of one model with different batches; the product allows 1e-3.
@@ -296,23 +294,3 @@ def test_the_trainer_scores_the_probe_as_it_trains(policy, receiver, tmp_path):
     seen: list[torch.dtype] = []
     make_updater(receiver, tmp_path, autocast_dtype=torch.bfloat16).verify_start(policy)
     assert set(seen) == {torch.bfloat16}
-
-
-# --- where weights pass through ---
-
-
-@pytest.mark.parametrize(("free", "in_shared_memory"), [(2001, True), (2000, False)])
-def test_weights_pass_through_shared_memory_if_two_versions_fit(tmp_path, monkeypatch, free, in_shared_memory):
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("no shared memory on this system")
-    usage = namedtuple("usage", "total used free")(10**9, 0, free)
-    monkeypatch.setattr(weight_update.shutil, "disk_usage", {Path("/dev/shm"): usage}.__getitem__)
-    directory = choose_directory(tmp_path, f"expert-iteration-{tmp_path.name}", num_bytes=1000)
-    try:
-        assert directory.is_dir()
-        assert directory.parent == (Path("/dev/shm") if in_shared_memory else tmp_path)
-        # Two runs never share one.
-        with pytest.raises(FileExistsError):
-            choose_directory(tmp_path, directory.name, num_bytes=1000)
-    finally:
-        directory.rmdir()
