@@ -11,6 +11,9 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # every import of a transformers model fails.
 MISMATCHED := torchvision torchaudio torchcodec
 
+# One thread: the tests' models are tiny, and threads that wait for each other only slow them. Runs set their own number.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -21,6 +24,7 @@ help:  ## show this list
 install: $(VENV)/.installed  ## create .venv and install what a CPU run needs
 
 $(VENV)/.installed: requirements_cpu.txt
+	@echo "installing into $(VENV): about two minutes and 4 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "torch==$(TORCH)+cpu" || $(BIN)/pip install --quiet "torch==$(TORCH)" --index-url $(TORCH_INDEX)
 	$(BIN)/pip install --quiet -r requirements_cpu.txt
@@ -37,11 +41,11 @@ demo: install  ## train the tiny model by expert iteration and show what it lear
 
 .PHONY: test
 test: $(VENV)/.installed-tests  ## run the default and the vllm tests, with coverage
-	$(BIN)/python -m pytest -m "not gpu and not slow" --cov=expert_iteration --cov=ei_utils --cov-report=term
+	$(PYTEST) -m "not gpu and not slow" --cov=expert_iteration --cov=ei_utils --cov-report=term
 
 .PHONY: test-fast
 test-fast: $(VENV)/.installed-tests  ## run the default tests only
-	$(BIN)/python -m pytest -m "not gpu and not slow and not vllm"
+	$(PYTEST) -m "not gpu and not slow and not vllm"
 
 .PHONY: lint
 lint: $(VENV)/.installed-tests  ## check style, format and types

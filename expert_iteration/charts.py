@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,9 @@ def differences(points: Sequence[Point]) -> list[Point]:
 def draw(chart: Chart, series: Mapping[str, Sequence[Point]]) -> Figure:
     """A chart as SVG that refers to nothing outside itself."""
     import matplotlib
+
+    # Its first use on a machine would announce that it looks for fonts.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import MaxNLocator
 
