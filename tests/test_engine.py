@@ -19,10 +19,8 @@ from expert_iteration.weight_update import WeightMismatchError, WeightUpdater
 pytestmark = pytest.mark.vllm
 
 
-def start_engine(model_folder, tokenizer, **overrides):
+def start_engine(model_folder):
     config = resolve_config(compose_config("ei_tiny"), "sync").inference_model
-    for name, value in overrides.items():
-        setattr(config, name, value)
     actor = ray.remote(num_cpus=0, concurrency_groups=CONCURRENCY_GROUPS)(VLLMEngine).remote(str(model_folder), config)
     return EngineClient(actor)
 
@@ -33,10 +31,17 @@ def tokenizer(warm_tiny_model):
 
 
 @pytest.fixture(scope="module")
-def engine(ray_session, warm_tiny_model, tokenizer):
-    client = start_engine(warm_tiny_model, tokenizer)
+def running_engine(ray_session, warm_tiny_model, tokenizer):
+    client = start_engine(warm_tiny_model)
     yield client
     ray.kill(client.actor)
+
+
+@pytest.fixture
+def engine(running_engine, warm_tiny_model, prompts, tmp_path):
+    """The engine with the start model's weights, whatever an earlier test has pushed."""
+    make_updater(running_engine, prompts, tmp_path).push_weights(load(warm_tiny_model))
+    return running_engine
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +95,8 @@ def test_log_probs_are_those_of_the_hugging_face_model(engine, prompts, warm_tin
 
 def test_pushed_weights_arrive_and_label_what_they_generate(engine, prompts, warm_tiny_model, tmp_path):
     model, updater = load(warm_tiny_model), make_updater(engine, prompts, tmp_path)
-    updater.push_weights(model)
     updater.verify_start(model)
+    updater.push_weights(model)
     change(model)
     metrics = updater.push_weights(model)
     assert metrics["weights/probe_diff"] < 1e-3
@@ -110,14 +115,12 @@ def test_a_dropped_lm_head_is_found_once_the_weights_have_changed(engine, prompt
             return {name: value for name, value in super()._weights(policy).items() if name != "lm_head.weight"}
 
     model = load(warm_tiny_model)
-    make_updater(engine, prompts, tmp_path).push_weights(model)
     updater = Incomplete(engine, probe=prompts[:4], directory=tmp_path, wire_dtype=torch.float32)
     updater.verify_start(model)
     updater.push_weights(model)  # nothing has changed: what is missing is right by chance
     change(model)
     with pytest.raises(WeightMismatchError, match=r"expected but not sent: lm_head\.weight"):
         updater.push_weights(model)
-    make_updater(engine, prompts, tmp_path).push_weights(load(warm_tiny_model))
 
 
 def test_generation_and_updates_wait_for_each_other_and_health_answers_meanwhile(
@@ -163,7 +166,7 @@ def test_untied_embeddings_are_pushed_whole(ray_session, warm_tiny_model, tokeni
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(tmp_path / "untied")
     tokenizer.save_pretrained(tmp_path / "untied")
-    client = start_engine(tmp_path / "untied", tokenizer)
+    client = start_engine(tmp_path / "untied")
     updater = make_updater(client, prompts, tmp_path)
     updater.verify_start(model)
     change(model)

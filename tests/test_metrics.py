@@ -79,6 +79,12 @@ def load_config(*overrides):
     return resolve_config(compose_config("ei_tiny", overrides=overrides), "sync")
 
 
+@pytest.fixture(autouse=True)
+def no_timings_of_other_tests():
+    """TorchRL's timings belong to the whole process."""
+    timings()
+
+
 def test_a_line_is_on_disk_at_once_and_reaches_the_logger(tmp_path):
     metrics, logger = make_metrics(tmp_path)
     metrics.log({"eval/pass@1": 0.5, "buffer/write_count": 7}, step=3)

@@ -220,3 +220,10 @@ def test_long_curves_are_thinned_to_means():
     assert short.curves[0].mean_of == 1
     # Ten times the data is drawn with about as many points; a tenth is for the longer numbers of the ticks.
     assert len(figure.svg) == pytest.approx(len(short.svg), rel=0.1)
+
+
+def test_a_prompt_evaluated_once_has_no_after(tmp_path):
+    row = {"step": 0, "split": "heldout", "prompt": "1+1?", "responses": [{"text": "2", "reward": 1.0}]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert page.count("Not evaluated.") == 1

@@ -27,6 +27,7 @@ class Run:
 
     def __init__(self, run_dir, *overrides, cwd=None):
         self.dir = Path(run_dir)
+        self._shared_memory_before = shared_memory()
         self._mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [
@@ -57,6 +58,10 @@ class Run:
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.2)
 
+    def weights_left(self):
+        """Weights in flight that were left in shared memory."""
+        return shared_memory() - self._shared_memory_before
+
     @property
     def summary(self):
         return json.loads((self.dir / "summary.json").read_text())
@@ -79,6 +84,10 @@ class Run:
             return process.environ().get("EXPERT_ITERATION_TEST") == self._mark
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             return False
+
+
+def shared_memory():
+    return set(Path("/dev/shm").glob("expert-iteration-*"))
 
 
 def without_times(lines):
@@ -130,7 +139,7 @@ def test_the_run_directory_keeps_its_contract(learned):
     assert summary["max_probe_logprob_diff"] < 1e-3
     assert summary["seconds_to_first_optimizer_step"] < summary["seconds"]
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
-    assert not list(Path("/dev/shm").glob("expert-iteration-*"))
+    assert not learned.weights_left()
 
 
 def test_metrics_have_the_published_names(learned):
@@ -257,7 +266,7 @@ def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, short_overrid
     assert run.summary["gradient_steps"] > 0
     assert (run.dir / "report.html").exists()
     assert run.processes_left() == []
-    assert not list(Path("/dev/shm").glob("expert-iteration-*"))
+    assert not run.weights_left()
 
 
 def test_a_failing_run_says_why_and_leaves_no_process(tmp_path, short_overrides):
