@@ -15,7 +15,7 @@ from torchrl.data import LazyStackStorage, SamplerWithoutReplacement
 import ei_utils
 from expert_iteration import tiny
 from expert_iteration.checkpoint import Checkpointer
-from expert_iteration.engine import Completion
+from expert_iteration.engine import Completion, Sampling
 from expert_iteration.log_probs import token_log_probs
 from expert_iteration.metrics import Metrics
 from expert_iteration.models import chat_prompt_ids
@@ -37,6 +37,10 @@ OVERRIDES = (
     "eval.frequency=0",
     "eval.num_prompts=3",
     "eval.num_samples=2",
+    "inference_model.max_tokens=30",
+    "inference_model.temperature=0.9",
+    "inference_model.top_p=0.8",
+    "eval.temperature=0.7",
     "logging.backend=none",
 )
 STYLES = ("untagged", "careful", "hasty", "hasty")  # of the responses of a group; "careful" alone is right
@@ -46,11 +50,12 @@ class ScriptedEngine:
     """Responds in the tiny task's styles, in turn, whatever it has learned; loads weights as an engine does."""
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.version, self.asked = model, tokenizer, 0, 0
+        self.model, self.tokenizer, self.version, self.asked, self.samplings = model, tokenizer, 0, 0, set()
         problems = [*tiny.train_problems(), *tiny.heldout_problems()]
         self.combinations = {problem.question: problem.combination for problem in problems}
 
     def sample(self, prompts, sampling, seed):
+        self.samplings.add(sampling)
         return [[self.respond(prompt) for _ in range(sampling.num_samples)] for prompt in prompts]
 
     def respond(self, prompt):
@@ -204,6 +209,21 @@ def test_what_is_trained_on_was_made_by_the_weights_last_pushed(done):
     assert values(done, "train/policy_version") == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
     assert set(values(done, "train/policy_age")) == {0.0}
     assert values(done, "collector/policy_version/max") == [0, 1, 2]
+
+
+def test_the_engine_samples_as_configured_for_training_and_for_evaluation(done):
+    assert done.engine.samplings == {
+        Sampling(max_tokens=30, temperature=0.9, top_p=0.8, num_samples=1),
+        Sampling(max_tokens=30, temperature=0.7, top_p=0.8, num_samples=2),
+        Sampling(max_tokens=30, temperature=0.0, top_p=1.0, num_samples=1),
+    }
+
+
+def test_the_end_of_the_turn_is_trained_unless_it_is_switched_off(done, start_run):
+    without = start_run("inference_model.include_stop_str_in_output=false")
+    lengths = [[round(length) for length in values(run, "buffer/response_length")] for run in (done, without)]
+    assert lengths[0] == [length + 1 for length in lengths[1]]
+    assert values(without, "train/reward") == values(done, "train/reward")
 
 
 def test_only_right_responses_are_trained_on_though_few_are_right(done):

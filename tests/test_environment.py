@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
+from chat_tokenizers import llama_tokenizer
 
 from expert_iteration.engine import Completion, Sampling
 from expert_iteration.environment import PromptStream, make_task_env
@@ -63,17 +64,28 @@ def test_the_group_id_counts_the_draws():
 # --- how a prompt is written ---
 
 
+@pytest.fixture(params=["tiny", "llama"])
+def tokenizer(request, tiny_tokenizer):
+    """ChatML; and a template of another family on a tokenizer that would begin every text with a token of its own."""
+    if request.param == "tiny":
+        return tiny_tokenizer
+    llama = llama_tokenizer()
+    # TorchRL has templates of its own, which it chooses by the name.
+    llama.name_or_path = "somebody/llama-on-qwen"
+    return llama
+
+
 @pytest.mark.parametrize("system_prompt", ["Think, then answer.", None])
-def test_a_prompt_is_the_chat_template_up_to_where_the_response_begins(tiny_tokenizer, system_prompt):
+def test_a_prompt_is_the_chat_template_up_to_where_the_response_begins(tokenizer, system_prompt):
     problems = [Problem(question, "") for question in QUESTIONS]
-    env = make_env(tiny_tokenizer, problems, num_envs=len(problems), repeats=1, system_prompt=system_prompt)
+    env = make_env(tokenizer, problems, num_envs=len(problems), repeats=1, system_prompt=system_prompt)
     rows = env.reset().unbind(0)
     assert {row["query"] for row in rows} == set(QUESTIONS)
     for row in rows:
         messages = [{"role": "user", "content": row["query"]}]
         if system_prompt is not None:
             messages.insert(0, {"role": "system", "content": system_prompt})
-        template = tiny_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        template = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert row["text", "prompt"] == template
 
 
@@ -89,12 +101,12 @@ class SilentEngine:
 
 
 @pytest.mark.parametrize("system_prompt", ["Think, then answer.", None])
-def test_training_and_evaluation_ask_a_question_with_the_same_tokens(tiny_tokenizer, system_prompt):
+def test_training_and_evaluation_ask_a_question_with_the_same_tokens(tokenizer, system_prompt):
     problems = [Problem(question, "") for question in QUESTIONS]
-    env = make_env(tiny_tokenizer, problems, num_envs=len(problems), repeats=1, system_prompt=system_prompt)
+    env = make_env(tokenizer, problems, num_envs=len(problems), repeats=1, system_prompt=system_prompt)
     engine, asked = SilentEngine(), env.reset()
-    EnginePolicy(engine, tiny_tokenizer, Sampling(max_tokens=1), seed=0)(asked)
-    expected = [chat_prompt_ids(tiny_tokenizer, system_prompt, row["query"]) for row in asked.unbind(0)]
+    EnginePolicy(engine, tokenizer, Sampling(max_tokens=1), seed=0)(asked)
+    expected = [chat_prompt_ids(tokenizer, system_prompt, row["query"]) for row in asked.unbind(0)]
     assert engine.prompts == expected
 
 

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from chat_tokenizers import BARE, CHATML, MISTRAL, llama_tokenizer, make_tokenizer, qwen_base_tokenizer
 
 from expert_iteration.errors import UserError
 from expert_iteration.models import (
@@ -14,46 +12,6 @@ from expert_iteration.models import (
     load_tokenizer,
     model_path,
 )
-from expert_iteration.tiny import CHAT_TEMPLATE as CHATML
-
-WORDS = ["<unk>", "system", "user", "assistant", "response", "question", "Be", "brief", ".", "[INST]", "[/INST]"]
-LLAMA_3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-BARE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
-
-
-def make_tokenizer(template, special, *, adds_bos=False, **options):
-    """Words by white space; `special` tokens are split off first, as in every real tokenizer."""
-    vocabulary = {word: number for number, word in enumerate([*WORDS, *special])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.add_special_tokens(list(special))
-    if adds_bos:
-        bos = options["bos_token"]
-        words.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **options)
-
-
-def llama_tokenizer(eos_token="<|eot_id|>"):
-    headers = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
-    return make_tokenizer(LLAMA_3, headers, adds_bos=True, bos_token="<|begin_of_text|>", eos_token=eos_token)
-
-
-def qwen_base_tokenizer():
-    return make_tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|endoftext|>")
 
 
 def end_of_turn(tokenizer):

@@ -1,5 +1,6 @@
 """What the user sees of a run, and that nothing else gets onto the screen."""
 
+import os
 import subprocess
 import sys
 
@@ -126,7 +127,11 @@ raise ValueError("last words")
 def test_a_redirected_process_shows_nothing_and_logs_all(tmp_path):
     log = tmp_path / "logs" / "deep" / "engine.log"
     result = subprocess.run(
-        [sys.executable, "-c", CHATTER.format(path=str(log))], capture_output=True, text=True, check=False
+        [sys.executable, "-c", CHATTER.format(path=str(log))],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (result.stdout, result.stderr) == ("before\n", "")
     text = log.read_text()
