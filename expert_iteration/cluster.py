@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from expert_iteration.config import Config
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.errors import UserError
 
+EXIT_SECONDS = 1.0
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -87,6 +89,8 @@ def stop_actors(actors: Sequence[Any], timeout: float = 10.0) -> None:
     Whoever is still busy then is killed when Ray stops. Being killed leaves, for one, semaphores in shared memory.
     """
     ray.wait([actor.__ray_terminate__.remote() for actor in actors], num_returns=len(actors), timeout=timeout)
+    # Ray says so as soon as an actor has begun to exit; its exit handlers (vLLM's, W&B's) take about half a second.
+    time.sleep(EXIT_SECONDS)
 
 
 def thread_environment(num_threads: int | None) -> dict[str, Any]:
