@@ -7,6 +7,7 @@ first in a run, so that the actors load while the training process does.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ import torch
 from ray.util.queue import Empty, Full
 
 from expert_iteration.actors import CollectorActor, ReferenceActor, ReferenceClient
-from expert_iteration.cluster import given, start_actor, thread_environment
-from expert_iteration.config import Config
+from expert_iteration.cluster import given, process_options, start_actor
+from expert_iteration.config import Config, InferenceBackend
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
 from expert_iteration.models import load_model, load_tokenizer, model_path
@@ -60,6 +61,9 @@ __all__ = [
 ]
 
 
+ENGINES = {InferenceBackend.vllm: VLLMEngine}
+
+
 class RemoteDataLogger:
     """Post-processing hook of the collector: sums up every batch and sends the record to the training process.
 
@@ -86,7 +90,8 @@ class RemoteDataLogger:
         now = time.monotonic()
         elapsed = 0.0 if self._last_time is None else now - self._last_time
         self._last_time = now
-        rewards = [row["next", "reward"].item() for row in rows]
+        # A reward that is not finite costs its response (the selector counts it), not the statistics of the others.
+        rewards = [reward for row in rows if math.isfinite(reward := row["next", "reward"].item())]
         lengths = [len(row["tokens", "response"]) for row in rows]
         versions = [row["policy_version"].item() for row in rows]
         truncated = [row["finish_reason"] == "length" for row in rows]
@@ -147,6 +152,7 @@ def log_training_metrics(
     metrics.training(
         result,
         optim_step=learner.optimizer_steps,
+        bad_steps=learner.bad_steps,
         data_read_count=learner.responses_trained,
         policy_version=statistics.fmean(versions),
         policy_age=statistics.fmean(ages),
@@ -183,14 +189,11 @@ def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
 
 
 def get_inference_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> EngineClient:
-    """Start vLLM with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
+    """Start the engine with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
     actor = start_actor(
-        VLLMEngine,
-        {
-            "num_gpus": len(allocation["inference_model_devices"]),
-            "concurrency_groups": CONCURRENCY_GROUPS,
-            "runtime_env": thread_environment(cfg.inference_model.num_threads),
-        },
+        ENGINES[cfg.inference_model.backend],
+        process_options(cfg.inference_model.num_threads, allocation["inference_model_devices"])
+        | {"concurrency_groups": CONCURRENCY_GROUPS},
         model_path(cfg),
         cfg.inference_model,
         seed=derive_seed(cfg.seed, "engine"),
@@ -204,7 +207,7 @@ def get_ref_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> R
     devices = allocation["ref_model_devices"]
     actor = start_actor(
         ReferenceActor,
-        {"num_gpus": len(devices), "runtime_env": thread_environment(cfg.ref_model.num_threads)},
+        process_options(cfg.ref_model.num_threads, devices),
         model_path(cfg),
         cfg.ref_model,
         device="cuda" if devices else "cpu",
@@ -371,7 +374,9 @@ def autocast_dtype(cfg: Config) -> torch.dtype | None:
 
 
 def _describe(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (0 for a single value), least and greatest."""
+    """Mean, standard deviation (0 for a single value), least and greatest; nothing of nothing."""
+    if not values:
+        return {}
     return {
         f"{name}/mean": statistics.fmean(values),
         f"{name}/std": statistics.pstdev(values),

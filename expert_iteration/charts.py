@@ -7,11 +7,9 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 OVER_BATCHES, OVER_STEPS = "batch collected", "gradient step"
-KEPT_TOTAL, KEPT_BATCH = "selection/responses_kept", "selection/batch_kept"
 MAX_POINTS = 200  # per curve: more cannot be seen and would make the page heavy
 MAX_MARKED_POINTS = 40
 
@@ -50,7 +48,7 @@ CHARTS = (
     Chart("KL to the start model", "nats per token", {"train/kl_to_ref": "KL"}, OVER_STEPS, (0.0, None)),
     Chart("Loss", "nats per token", LOSSES, OVER_STEPS),
     Chart("Response length", "mean tokens", {"collector/response_length/mean": "length"}, OVER_BATCHES, (0.0, None)),
-    Chart("Kept responses per batch", "responses", {KEPT_BATCH: "kept"}, OVER_BATCHES, (0.0, None)),
+    Chart("Kept responses per batch", "responses", {"selection/batch_kept": "kept"}, OVER_BATCHES, (0.0, None)),
 )
 
 
@@ -82,20 +80,13 @@ class Figure(NamedTuple):
 
 def collect_series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
     """The numbers that the charts show, by name, in the order of the lines of metrics.jsonl; nulls are left out."""
-    wanted = {name for chart in CHARTS for name in chart.curves} | {KEPT_TOTAL}
+    wanted = {name for chart in CHARTS for name in chart.curves}
     series: dict[str, list[Point]] = {}
     for line in lines:
         for name in wanted & line.keys():
             if line[name] is not None:
                 series.setdefault(name, []).append(Point(line["step"], line[name]))
-    if KEPT_TOTAL in series:
-        series.setdefault(KEPT_BATCH, differences(series[KEPT_TOTAL]))
     return series
-
-
-def differences(points: Sequence[Point]) -> list[Point]:
-    """What each record of a running total added, the first counted from 0."""
-    return [Point(new.step, new.value - old.value) for old, new in pairwise([Point(0, 0.0), *points])]
 
 
 def draw(chart: Chart, series: Mapping[str, Sequence[Point]]) -> Figure:

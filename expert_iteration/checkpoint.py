@@ -33,8 +33,9 @@ class Checkpointer:
     def save(self) -> Path:
         """Write `checkpoint_<gradient step>.pt`; saving twice at one step writes once.
 
-        It loads with `torch.load(path, weights_only=True)`: step, optim_step, model_state_dict, optimizer_state_dict,
-        scheduler_state_dict, scaler_state_dict, config, and the learner's further counters.
+        It loads on any machine, whatever was trained on, with `torch.load(path, weights_only=True)`: step, optim_step,
+        model_state_dict, optimizer_state_dict, scheduler_state_dict, scaler_state_dict, config, and the learner's
+        further counters.
         """
         step = self._learner.gradient_steps
         path = self._directory / f"checkpoint_{step}.pt"
@@ -48,13 +49,27 @@ class Checkpointer:
         }
         temporary = path.with_suffix(".tmp")
         try:
-            torch.save(state, temporary)
+            torch.save(_to_cpu(state, {}), temporary)
             # Whoever sees the name sees a whole file.
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         self._last_step = step
         return path
+
+
+def _to_cpu(state: Any, moved: dict[Any, torch.Tensor]) -> Any:
+    """A nested state with its tensors on the CPU, those in `moved` taken from there: tied ones are written once."""
+    if isinstance(state, dict):
+        return {key: _to_cpu(value, moved) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_to_cpu(value, moved) for value in state)
+    if not isinstance(state, torch.Tensor):
+        return state
+    identity = state.device, state.data_ptr(), state.dtype, state.shape, state.stride()
+    if identity not in moved:
+        moved[identity] = state.cpu()
+    return moved[identity]
 
 
 def save_pretrained(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:

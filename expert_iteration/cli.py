@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from expert_iteration import keys
 from expert_iteration.config import Config, register_schema
 from expert_iteration.devices import check_devices
+from expert_iteration.effects import settings_without_effect
 from expert_iteration.errors import UserError
 from expert_iteration.hub import check_model_available
 from expert_iteration.installation import check_installation
@@ -146,7 +147,21 @@ def _run_job(main: Main, cfg: DictConfig, mode: str) -> None:
     config = resolve_config(cfg, mode)
     check_devices(config)
     check_model_available(config.model.name)
+    for line in settings_without_effect(config, given_keys(HydraConfig.get().overrides.task)):
+        print(line, file=sys.stderr)
     main(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+def given_keys(overrides: Sequence[str]) -> list[str]:
+    """The dotted keys that overrides set, those inside a dictionary (`optimizer={name:SGD,lr:0.1}`) one by one."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [key for override in parsed for key in _leaves(override.key_or_group, override.value())]
+
+
+def _leaves(key: str, value: object) -> list[str]:
+    if not isinstance(value, dict):
+        return [key]
+    return [leaf for name, part in value.items() for leaf in _leaves(f"{key}.{name}", part)]
 
 
 def _print_failure(error: Exception) -> None:

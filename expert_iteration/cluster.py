@@ -30,14 +30,14 @@ def start_ray(cfg: Config) -> DeviceAllocation:
         UserError: it has fewer CPUs, accelerators or other resources than the run asks for. Ray would wait for ever.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's notice that a future release will stop hiding accelerators from actors without any.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options = given(cfg.ray.init_config)
+    # Without an address Ray would join whatever it finds, for instance a colleague's cluster on the same machine.
+    options = {"address": "local"} | given(cfg.ray.init_config)
     # Actors import the package and ei_utils from any working directory.
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))}
     runtime_env = options.get("runtime_env", {})
     options["runtime_env"] = runtime_env | {"env_vars": environment | runtime_env.get("env_vars", {})}
-    ray.init(**{"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR} | options)
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(**quiet | options)
     available = ray.cluster_resources()
     allocation = compute_device_allocation(cfg, int(available.get("GPU", 0)))
     check_resources(cfg, allocation, available)
@@ -68,8 +68,8 @@ def check_resources(cfg: Config, allocation: DeviceAllocation, available: dict[s
             listed = ", ".join(f"{amount:g} for {name}" for name, amount in parts.items())
             raise UserError(
                 f"Ray has {available.get(resource, 0):g} {resource}, but the run asks for {sum(parts.values()):g} "
-                f"({listed}): lower the numbers in the ray section (null sizes them from the machine), or join a "
-                "larger cluster with ray.init_config.address."
+                f"({listed}): lower the numbers in the ray section (null reserves none), or join a larger "
+                "cluster with ray.init_config.address."
             )
 
 
@@ -93,12 +93,16 @@ def stop_actors(actors: Sequence[Any], timeout: float = 10.0) -> None:
     time.sleep(EXIT_SECONDS)
 
 
-def thread_environment(num_threads: int | None) -> dict[str, Any]:
-    """The runtime environment that gives a process its number of CPU threads, by default all cores.
+def process_options(num_threads: int | None, devices: Sequence[int]) -> dict[str, Any]:
+    """What Ray gives a model's process: its accelerators, and its number of CPU threads, by default all cores.
 
-    A variable, because torch's own setting holds for one thread only and Ray runs an actor's methods in several.
+    The threads by a variable, because torch's own setting holds for one thread only and Ray runs an actor's methods in
+    several. A process without accelerators is shown none: Ray hides them only from processes that ask for some.
     """
-    return {"env_vars": {"OMP_NUM_THREADS": str(num_threads or os.cpu_count() or 1)}}
+    env_vars = {"OMP_NUM_THREADS": str(num_threads or os.cpu_count() or 1)}
+    if not devices:
+        env_vars["CUDA_VISIBLE_DEVICES"] = ""
+    return {"num_cpus": 0, "num_gpus": len(devices), "runtime_env": {"env_vars": env_vars}}
 
 
 def _resources(options: dict[str, Any]) -> Counter[str]:

@@ -121,10 +121,6 @@ class ExpertCollector:
             replay_buffer.extend(kept)
         return summary
 
-    def shutdown(self) -> None:
-        """Close the environment."""
-        self._collector.shutdown()
-
 
 def _prune(rows: TensorDictBase) -> TensorDictBase:
     """Only what the buffer keeps, in plain tensordicts.

@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 SCHEMA_NAME = "schema"
+FULL_FINE_TUNING_LR = 1e-5  # what optimizer.lr=null means
 
 # OmegaConf finds an enum member by its name and lists the names when there is none: each name is spelled as its value.
 
@@ -69,6 +70,12 @@ class SchedulerType(StrEnum):
     cosine_with_warmup = "cosine_with_warmup"
     linear = "linear"
     constant = "constant"
+
+
+class InferenceBackend(StrEnum):
+    """Inference engines."""
+
+    vllm = "vllm"
 
 
 class LoggingBackend(StrEnum):
@@ -180,8 +187,10 @@ class TrainModelConfig:
 
 @dataclass
 class InferenceModelConfig:
-    """The vLLM engine that samples responses."""
+    """The engine that samples responses."""
 
+    backend: InferenceBackend
+    """Which engine."""
     num_devices: int
     """Accelerators for the engine."""
     torch_dtype: Dtype
@@ -314,7 +323,7 @@ class LoggingConfig:
     backend: LoggingBackend
     """Where metrics go besides `metrics.jsonl`."""
     mode: LoggingMode | None
-    """W&B's mode; null: online with an API key, offline without."""
+    """W&B's mode; null: as `WANDB_MODE` says, else online with a login, else offline."""
     project: str | None
     """W&B project; null: ei-sync or ei-async."""
     entity: str | None

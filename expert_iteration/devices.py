@@ -60,8 +60,8 @@ def compute_device_allocation(cfg: Config, num_accelerators: int) -> DeviceAlloc
     if needed > num_accelerators:
         sum_text = " + ".join(f"{count} for {model}" for model, count in counts.items())
         raise UserError(
-            f"{sum_text} = {needed} accelerators, but {num_accelerators} are visible: lower *.num_devices, "
-            "or set device=cpu (slow)."
+            f"{sum_text} = {needed} accelerators, but {num_accelerators} are visible: "
+            f"{_remedy_for_too_few(counts, num_accelerators)}."
         )
     devices = iter(range(needed))
     inference, ref, train = ([next(devices) for _ in range(count)] for count in counts.values())
@@ -88,6 +88,14 @@ def check_devices(cfg: Config) -> None:
     if cfg.ray.init_config.get("address") is None:
         compute_device_allocation(cfg, count_accelerators())
     _refuse_many(device_counts(cfg), "by this version")
+
+
+def _remedy_for_too_few(counts: dict[str, int], num_accelerators: int) -> str:
+    several = any(count > 1 for count in counts.values())
+    on_cpu = "device=cpu with every num_devices=1 (slow)" if several else "device=cpu (slow)"
+    if num_accelerators >= len(counts):
+        return f"lower *.num_devices (1 each takes {len(counts)}), or set {on_cpu}"
+    return f"{len(counts)} are needed, one for each model, so set {on_cpu}, or use a machine with {len(counts)}"
 
 
 def _refuse_many(counts: dict[str, int], where: str) -> None:

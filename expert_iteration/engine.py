@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,9 +96,20 @@ class VLLMEngine:
             vLLM `RequestOutput`s in the order of `prompts`.
         """
         kwargs.setdefault("use_tqdm", False)
+        return self._generate(prompts, sampling_params, None, **kwargs)
+
+    def _generate(self, prompts: Any, sampling_params: Any, seed: int | None, **kwargs: Any) -> list[Any]:
+        import numpy
+        import torch
+
         with self._gate:
             self._busy_since = time.monotonic()
             try:
+                if seed is not None:
+                    # vLLM's sampler draws from torch's generator on a CPU; on GPUs it draws its requests' seeds from
+                    # NumPy's. Seeds of single requests would be slower there, and are refused on a CPU.
+                    torch.manual_seed(seed)
+                    numpy.random.seed(seed)
                 return self._llm.generate(prompts, sampling_params, **kwargs)
             finally:
                 self._busy_since = None
@@ -115,7 +126,6 @@ class VLLMEngine:
             `sampling.num_samples` completions for each prompt, in order. No log-probs are asked for: expert iteration
             does not use them and they cost vLLM most of its speed.
         """
-        import torch
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -127,8 +137,8 @@ class VLLMEngine:
             stop_token_ids=self._stop_token_ids,
             detokenize=False,
         )
-        torch.manual_seed(seed)
-        outputs = self.generate([TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts], params)
+        token_prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in prompts]
+        outputs = self._generate(token_prompts, params, seed, use_tqdm=False)
         return [[_completion(completion) for completion in output.outputs] for output in outputs]
 
     def token_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -189,6 +199,20 @@ class EngineClient:
     def generate(self) -> Any:
         """The actor's `generate`, to be called with `.remote(...)`."""
         return self.actor.generate
+
+    def wait_until_ready(self, say: Callable[[str], None], every: float = 60.0) -> None:
+        """Wait for the engine to load its model, and say so every `every` seconds.
+
+        Raises:
+            ray.exceptions.ActorDiedError: it failed to.
+        """
+        import ray
+
+        start = time.monotonic()
+        reference = self.actor.version.options(concurrency_group=HEALTH_GROUP).remote()
+        while not ray.wait([reference], timeout=every)[0]:
+            say(f"still waiting for the engine after {time.monotonic() - start:.0f} s (logs/engine.log)")
+        self._get(reference)
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
         """See `VLLMEngine.sample`."""

@@ -10,6 +10,7 @@ from expert_iteration.errors import UserError
 
 BUILT_IN = "tiny"
 TIME_LIMIT = 10.0
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def is_hub_id(name: str) -> bool:
@@ -29,7 +30,7 @@ def check_model_available(name: str, time_limit: float = TIME_LIMIT) -> None:
     Raises:
         UserError: unknown, private or gated name, no network, no answer in time.
     """
-    if not is_hub_id(name) or _is_cached(name):
+    if not is_hub_id(name) or cached_folder(name) is not None:
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -38,14 +39,22 @@ def check_model_available(name: str, time_limit: float = TIME_LIMIT) -> None:
         raise UserError(_explain(name, error)) from error
 
 
-def _is_cached(name: str) -> bool:
-    """Whether configuration and weights lie in the local cache, all shards of them."""
+def cached_folder(name: str) -> Path | None:
+    """Where the hub model `name` lies in the local cache, if configuration, tokenizer and all weights are there.
+
+    Loading from the folder asks the network nothing; loading by the name would, for every file, in every process.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(name, "config.json")
     if not isinstance(config, str):
-        return False
+        return None
     folder = Path(config).parent
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    return folder if has_tokenizer and _has_weights(folder) else None
+
+
+def _has_weights(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -5,6 +5,7 @@ What is trained is what was sampled: nothing is templated or tokenized again on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,6 @@ from expert_iteration.log_probs import pad_rows, token_log_probs
 
 TOKENS_KEY = ("tokens", "full")
 RESPONSE_MASK_KEY = ("masks", "all_assistant_mask")
-REF_LOG_PROBS_KEY = ("next", "ref_log_probs", "full")
 
 LOSS_FUNCTIONS = ("sft", "minor_sft")
 REDUCTIONS = ("mean", "sum", "none")
@@ -40,34 +40,39 @@ class PaddedBatch(NamedTuple):
     """float32 [B, T], the reference's log-probs of the response tokens, 0 elsewhere; None if the batch has none."""
 
 
-def collate(batch: TensorDictBase, pad_token_id: int, device: torch.device | None = None) -> PaddedBatch:
-    """Pad a batch of ragged rows and move it to `device` (default: it stays where it is).
+def pad_batch(
+    ids: Sequence[torch.Tensor],
+    response_masks: Sequence[torch.Tensor],
+    ref_log_probs: Sequence[torch.Tensor] | None,
+    *,
+    pad_token_id: int,
+    device: torch.device,
+) -> PaddedBatch:
+    """Pad B ragged rows and move them to `device`.
 
     Args:
-        batch: B rows with ("tokens", "full") int64 [T_i], ("masks", "all_assistant_mask") bool [T_i] and, optionally,
-            ("next", "ref_log_probs", "full") float32 [T_i].
+        ids: int64 [T_i] of each row, prompt and response.
+        response_masks: bool [T_i], True on response tokens.
+        ref_log_probs: float32 [T_i], or None.
         pad_token_id: any valid id; it is masked out of attention and loss.
         device: where the padded tensors go.
 
     Raises:
         ValueError: ids, mask and reference log-probs of a row differ in length.
     """
-    ids = batch.get(TOKENS_KEY, as_list=True)
-    masks = batch.get(RESPONSE_MASK_KEY, as_list=True)
-    ref = batch.get(REF_LOG_PROBS_KEY, None, as_list=True)
-    return _pad_batch(ids, masks, ref, pad_token_id, device)
-
-
-def _pad_batch(ids, masks, ref, pad_token_id: int, device: torch.device | None) -> PaddedBatch:
-    """`collate` on lists of 1-D tensors; `ref` may be None."""
     lengths = [len(row) for row in ids]
-    for name, rows in (("response mask", masks), ("reference log-probs", ref)):
+    for name, rows in (("response mask", response_masks), ("reference log-probs", ref_log_probs)):
         if rows is not None and (found := [len(row) for row in rows]) != lengths:
             raise ValueError(f"The {name} has {found} tokens a row, the ids have {lengths}.")
-    input_ids, attention_mask = pad_rows(list(ids), pad_token_id)
-    response_mask = pad_sequence([mask.bool() for mask in masks], batch_first=True)
-    ref_log_probs = None if ref is None else pad_sequence([row.float() for row in ref], batch_first=True).to(device)
-    return PaddedBatch(input_ids.to(device), attention_mask.to(device), response_mask.to(device), ref_log_probs)
+    input_ids, attention_mask = pad_rows(ids, pad_token_id)
+    response_mask = pad_sequence([mask.bool() for mask in response_masks], batch_first=True)
+    ref = None if ref_log_probs is None else pad_sequence([row.float() for row in ref_log_probs], batch_first=True)
+    return PaddedBatch(
+        input_ids.to(device),
+        attention_mask.to(device),
+        response_mask.to(device),
+        None if ref is None else ref.to(device),
+    )
 
 
 class SFTLoss(TorchRLSFTLoss):
@@ -159,7 +164,7 @@ class SFTLoss(TorchRLSFTLoss):
 
     def forward(self, tensordict: TensorDictBase) -> SFTLossOutput:
         """Loss of a batch of B rows; see the class for its keys and terms."""
-        batch = self._collate(tensordict)
+        batch = self._pad(tensordict)
         log_probs = token_log_probs(self.model, batch.input_ids, batch.attention_mask)
         kl = loss_kl = None
         if batch.ref_log_probs is not None:
@@ -199,7 +204,7 @@ class SFTLoss(TorchRLSFTLoss):
     def _reduce(self, values: torch.Tensor) -> torch.Tensor:
         return values if self.reduction == "none" else getattr(values, self.reduction)()
 
-    def _collate(self, tensordict: TensorDictBase) -> PaddedBatch:
+    def _pad(self, tensordict: TensorDictBase) -> PaddedBatch:
         ids = tensordict.get(self.tensor_keys.tokens, None, as_list=True)
         if ids is None:
             ids, masks = self._tokenize_history(tensordict)
@@ -208,7 +213,7 @@ class SFTLoss(TorchRLSFTLoss):
         ref = tensordict.get(self.tensor_keys.ref_log_prob, None, as_list=True)
         pad_token_id = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         parameter = next(self.model.parameters(), self._device_fallback)
-        return _pad_batch(ids, masks, ref, pad_token_id, parameter.device)
+        return pad_batch(ids, masks, ref, pad_token_id=pad_token_id, device=parameter.device)
 
     def _tokenize_history(self, tensordict: TensorDictBase) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         history = tensordict[self.tensor_keys.history]

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torchrl._utils import timeit
 
+from expert_iteration.run_directory import METRICS_FILE, SAMPLES_FILE
+
 if TYPE_CHECKING:
     from expert_iteration.learner import StepResult
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
 UNSCOPED = ("learning_rate", "optim_step")  # the published scripts' names, kept without a scope
 # Where the run stands, not what a step measured: of several gradient steps the last one's counts.
-CUMULATIVE = ("learning_rate", "optim_step", "train/data_read_count", "buffer/write_count")
+CUMULATIVE = ("learning_rate", "optim_step", "train/data_read_count", "train/bad_steps", "buffer/write_count")
 
 
 class RunLogger(Protocol):
@@ -162,15 +162,16 @@ def mean_of(values: Iterable[float]) -> float:
 
 
 def to_json(value: Any) -> str:
-    """One line of valid JSON; non-finite numbers become null, numpy's and torch's scalars numbers."""
-    return json.dumps(_plain(value), allow_nan=False)
+    """One line of valid JSON, of what `plain` makes of a value."""
+    return json.dumps(plain(value), allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A nested value as JSON can say it: non-finite numbers become None, numpy's and torch's scalars numbers."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Integral):

@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_iteration.errors import UserError
-from expert_iteration.hub import BUILT_IN
+from expert_iteration.hub import BUILT_IN, cached_folder, is_hub_id
 
 if TYPE_CHECKING:
     from expert_iteration.config import Config
 
 
 def model_path(cfg: Config) -> str:
-    """What transformers and vLLM load: the hub id or folder of `model.name`, or the tiny model's cache folder.
+    """What transformers and vLLM load: a folder, or the hub id of a model that is not in the local cache yet.
 
     The tiny model is built when it is missing, with a progress bar; that takes about a minute.
     """
     if cfg.model.name != BUILT_IN:
-        return cfg.model.name
+        folder = cached_folder(cfg.model.name) if is_hub_id(cfg.model.name) else None
+        return cfg.model.name if folder is None else str(folder)
     from expert_iteration.tiny import ensure_tiny_model
 
     cache_dir = None if cfg.tiny.cache_dir is None else Path(cfg.tiny.cache_dir)
@@ -40,6 +41,15 @@ def load_tokenizer(name: str) -> Any:
             "instruction-tuned version of the model, or save the tokenizer with a template."
         )
     return tokenizer
+
+
+def context_length(name: str, max_model_len: int | None) -> int:
+    """Tokens that a prompt and its response may have together: `max_model_len`, or what the model was made for."""
+    if max_model_len is not None:
+        return max_model_len
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name).max_position_embeddings
 
 
 def load_model(name: str, *, dtype: str, attn_implementation: str, device: str) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from expert_iteration.config import OptimizerConfig
+from expert_iteration.config import FULL_FINE_TUNING_LR, OptimizerConfig
 from expert_iteration.errors import UserError
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -16,7 +16,6 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "Adam": torch.optim.Adam,
     "SGD": torch.optim.SGD,
 }
-FULL_FINE_TUNING_LR = 1e-5
 
 
 def make_optimizer(model: nn.Module, cfg: OptimizerConfig) -> Optimizer:

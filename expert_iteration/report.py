@@ -13,12 +13,8 @@ from string import Formatter
 from typing import Any
 
 from expert_iteration.charts import CHARTS, collect_series, draw
+from expert_iteration.run_directory import CONFIG_FILE, METRICS_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
 
-REPORT_FILE = "report.html"
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
-SUMMARY_FILE = "summary.json"
-CONFIG_FILE = ".hydra/config.yaml"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 UNFINISHED = "unfinished"  # the status of a run without a summary

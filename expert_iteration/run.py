@@ -13,12 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from expert_iteration.cluster import given, start_ray, thread_environment
-from expert_iteration.config import Config
-from expert_iteration.models import model_path
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from expert_iteration.cluster import given, process_options, start_ray
+from expert_iteration.config import FULL_FINE_TUNING_LR, Config
+from expert_iteration.errors import UserError
+from expert_iteration.models import chat_prompt_ids, context_length, load_tokenizer, model_path
+from expert_iteration.run_directory import METRICS_FILE, SUMMARY_FILE
 from expert_iteration.screen import RemoteScreen, Screen, redirect_output
 from expert_iteration.sizes import derive_sizes, describe_sizes
-from expert_iteration.tasks import Task, load_task
+from expert_iteration.tasks import Task, load_task, without_long_prompts
 from expert_iteration.weights_directory import remove_directories
 
 Train = Callable[..., None]
@@ -32,14 +37,14 @@ def run(cfg: Config, train: Train, run_dir: Path) -> None:
         UserError: a mistake that shows only once data, model or cluster are looked at.
         Exception: whatever ended the training process, once everything is stopped and summary and report are written.
     """
-    started = _process_start()
-    # While the terminal is still ours and nothing else runs: data that cannot be read ends the run here, and the tiny
-    # model is built if it is wanted and missing.
-    task = load_task(cfg)
-    model_path(cfg)
+    started = _start_time()
+    _refuse_used_directory(run_dir)
+    # While nothing else runs: data or a tokenizer that cannot be used end the run here, and the tiny model is built if
+    # it is wanted and missing.
+    task, notes = _prepare_task(cfg)
     sizes = derive_sizes(cfg)
     screen = Screen(sizes.num_batches * sizes.turns_per_batch, run_dir / "run.log")
-    for line in (f"run directory: {run_dir}", *describe_sizes(sizes, cfg), *_describe_task(task)):
+    for line in (f"run directory: {run_dir}", *describe_sizes(sizes, cfg), *notes, _describe_optimizer(cfg)):
         screen.say(line)
     try:
         _run_on_ray(cfg, train, task, run_dir, screen, started)
@@ -59,21 +64,49 @@ def _run_on_ray(cfg: Config, train: Train, task: Task, run_dir: Path, screen: Sc
     try:
         allocation = start_ray(cfg)
         queue = Queue(actor_options={"num_cpus": 0})
-        options = {
-            "num_cpus": 0,
-            "num_gpus": len(allocation["train_model_devices"]),
-            "runtime_env": thread_environment(cfg.train_model.num_threads),
-        }
+        options = process_options(cfg.train_model.num_threads, allocation["train_model_devices"])
         process = ray.remote(max_retries=0)(train_process).options(**options | given(cfg.ray.train_handler_config))
         _follow(process.remote(cfg, train, task, run_dir, allocation, RemoteScreen(queue), started), queue, screen)
     finally:
         ray.shutdown()
 
 
-def _process_start() -> float:
+def _start_time() -> float:
+    """When the user started this run, in seconds since the epoch: with the process, or as a later job of a sweep."""
     import psutil
 
-    return psutil.Process().create_time()
+    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    return time.time() if is_sweep else psutil.Process().create_time()
+
+
+def _refuse_used_directory(run_dir: Path) -> None:
+    used = [name for name in (METRICS_FILE, SUMMARY_FILE) if (run_dir / name).exists()]
+    if used:
+        raise UserError(
+            f"The run directory {run_dir} holds a run already ({', '.join(used)}): give another hydra.run.dir, or "
+            "remove it. Two runs in one directory would mix their metrics."
+        )
+
+
+def _prepare_task(cfg: Config) -> tuple[Task, list[str]]:
+    """The task, without prompts that leave no room for a response, and lines that describe it."""
+    task = load_task(cfg)
+    name = model_path(cfg)
+    tokenizer = load_tokenizer(name)
+    limit = context_length(name, cfg.inference_model.max_model_len) - cfg.inference_model.max_tokens
+    task, dropped = without_long_prompts(
+        task, lambda problem: len(chat_prompt_ids(tokenizer, task.system_prompt, problem.question)), limit
+    )
+    notes = [f"{task.name}: {len(task.train)} prompts for training, {len(task.heldout)} held out for evaluation"]
+    if dropped:
+        notes.append(f"note: {dropped} prompts were left out, for they have more than {limit} tokens")
+    return task, notes
+
+
+def _describe_optimizer(cfg: Config) -> str:
+    rate = FULL_FINE_TUNING_LR if cfg.optimizer.lr is None else cfg.optimizer.lr
+    chosen = " (optimizer.lr=null: full fine-tuning)" if cfg.optimizer.lr is None else ""
+    return f"{cfg.optimizer.name} at a learning rate of {rate:g}{chosen}"
 
 
 def _follow(task: Any, queue: Any, screen: Screen) -> None:
@@ -115,13 +148,9 @@ def train_process(
         session.finish()
 
 
-def _describe_task(task: Task) -> list[str]:
-    return [f"{task.name}: {len(task.train)} prompts for training, {len(task.heldout)} held out for evaluation"]
-
-
 def _write_summary_of_failure(cfg: Config, run_dir: Path, error: BaseException, started: float) -> None:
     """The least a program that reads the run directory must find, if the training process could not write it."""
-    path = run_dir / "summary.json"
+    path = run_dir / SUMMARY_FILE
     if path.exists():
         return
     from expert_iteration.summary import failure_summary

@@ -20,22 +20,13 @@ class ReferenceScorer:
         model: a Hugging Face causal language model, on the device where it is to run; it is put in eval mode.
         pad_token_id: any valid id; padding is masked.
         micro_batch_size: rows that go through the model at once; what bounds the memory.
-        autocast_dtype: precision of the forward pass; None: that of the parameters. With the learner's dtype over
-            float32 weights the KL of an untrained policy is 0 but for the padding's rounding.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pad_token_id: int,
-        micro_batch_size: int,
-        autocast_dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, model: nn.Module, pad_token_id: int, micro_batch_size: int):
         self.model = model.eval()
         self.pad_token_id = pad_token_id
         self.micro_batch_size = micro_batch_size
         self.device = next(model.parameters()).device
-        self._autocast = torch.autocast(self.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
 
     @torch.inference_mode()
     def score(
@@ -65,7 +56,6 @@ class ReferenceScorer:
 
     def _score_micro_batch(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         input_ids, attention_mask = pad_rows(rows, self.pad_token_id)
-        with self._autocast:
-            log_probs = token_log_probs(self.model, input_ids.to(self.device), attention_mask.to(self.device))
+        log_probs = token_log_probs(self.model, input_ids.to(self.device), attention_mask.to(self.device))
         # Copies, for a slice would keep (and pickle) the padded batch it is a view of.
         return [values[: len(row)].clone() for values, row in zip(log_probs.cpu(), rows, strict=True)]

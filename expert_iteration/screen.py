@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -61,7 +62,7 @@ class Progress:
         if "selection/groups_seen" in metrics:
             self._screen.progress(
                 int(self._latest["collector/dialog_turns"]),
-                reward=f"{self._latest['collector/rewards/mean']:.3f}",
+                reward=f"{self._latest.get('collector/rewards/mean', math.nan):.3f}",
                 kept=f"{self._latest['selection/batch_kept']:.0f}",
             )
             self._warn_of_dropped_groups(metrics["selection/groups_seen"], metrics["selection/groups_kept"])

@@ -18,6 +18,7 @@ from expert_iteration.actors import CollectorClient
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config
+from expert_iteration.run_directory import SUMMARY_FILE
 from expert_iteration.screen import Progress, RemoteScreen
 from expert_iteration.seeds import derive_seed
 from expert_iteration.sizes import derive_sizes
@@ -105,13 +106,14 @@ class Session:
 
     def start(self) -> None:
         """Wait for the engine, and prove that it has loaded the same weights as this process."""
-        self._screen.say("waiting for the engine")
-        self._engine.version()
+        self._screen.say("waiting for the engine, which loads the model (logs/engine.log)")
+        self._engine.wait_until_ready(self._screen.say)
         self._seconds["timeit/start/engine_ready"] = self._elapsed()
         self.metrics.log(self._seconds | self.weight_updater.verify_start(self.policy_training), step=0)
 
     def finish(self) -> None:
         """What a completed run leaves beside its metrics: a last checkpoint, and the model as `last/`."""
+        self.metrics.drain(self.learner.gradient_steps)
         self.checkpointer.save()
         dtype = getattr(torch, self._cfg.inference_model.torch_dtype.value)
         save_pretrained(self.policy_training, self._tokenizer, self._run_dir / "last", dtype)
@@ -119,12 +121,21 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.metrics.close()
+        try:
+            self.metrics.close()
+        finally:
+            self._conclude(error)
+
+    def _conclude(self, error: BaseException | None) -> None:
+        from expert_iteration.metrics import plain
+
         summary = self._summary.to_dict(error, self.learner, self.weight_updater, self._started)
-        temporary = self._run_dir / "summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=2))
+        path = self._run_dir / SUMMARY_FILE
+        temporary = path.with_suffix(".tmp")
+        # Plain: JSON has no word for numbers that are not finite.
+        temporary.write_text(json.dumps(plain(summary), indent=2))
         # Whoever sees the name sees a whole file.
-        os.replace(temporary, self._run_dir / "summary.json")
+        os.replace(temporary, path)
         stop_actors(self._actors)
         remove_directories(self._run_dir)
 

@@ -19,6 +19,8 @@ class Sizes:
         num_envs: responses asked of the engine at once; divides the batch.
         max_kept_per_batch: responses that selection keeps of a batch at most.
         buffer_size: responses that the buffer holds.
+        max_trained_per_batch: responses that follow a batch into training at most; more than it keeps if the buffer is
+            not emptied (sync mode).
         max_gradient_steps: micro-batches over the run, if every batch keeps all it may.
         max_optimizer_steps: optimizer steps over the run, if every batch keeps all it may.
     """
@@ -29,6 +31,7 @@ class Sizes:
     num_envs: int
     max_kept_per_batch: int
     buffer_size: int
+    max_trained_per_batch: int
     max_gradient_steps: int
     max_optimizer_steps: int
 
@@ -43,7 +46,9 @@ def derive_sizes(cfg: Config) -> Sizes:
     groups_per_batch = turns_per_batch // repeats
     num_batches = _ceil_div(train.total_dialog_turns, turns_per_batch)
     max_kept = groups_per_batch * train.topk_size
-    gradient_steps, optimizer_steps = _steps(cfg, num_batches, max_kept)
+    buffer_size = train.buffer_size or (max_kept if train.sync else ASYNC_BUFFER_SIZE)
+    trained = _trained_after_batches(cfg, num_batches, max_kept, buffer_size)
+    gradient_steps, optimizer_steps = _steps(cfg, trained)
     return Sizes(
         turns_per_batch=turns_per_batch,
         groups_per_batch=groups_per_batch,
@@ -51,7 +56,8 @@ def derive_sizes(cfg: Config) -> Sizes:
         # A multiple of repeats that divides the configured batch need not divide a shorter one; the gcd always does.
         num_envs=math.gcd(min(cfg.env.num_envs, turns_per_batch), turns_per_batch),
         max_kept_per_batch=max_kept,
-        buffer_size=train.buffer_size or (max_kept if train.sync else ASYNC_BUFFER_SIZE),
+        buffer_size=buffer_size,
+        max_trained_per_batch=trained[-1],
         max_gradient_steps=gradient_steps,
         max_optimizer_steps=optimizer_steps,
     )
@@ -75,22 +81,34 @@ def describe_sizes(sizes: Sizes, cfg: Config) -> list[str]:
         _describe_run(sizes, train.total_dialog_turns),
         f"engine: {sizes.turns_per_batch} turns / {sizes.num_envs} asked at once = "
         f"{sizes.turns_per_batch // sizes.num_envs} calls a batch",
-        f"{sizes.max_kept_per_batch} responses / {train.optim_batch_size} a micro-batch, {train.epochs} epochs, "
+        f"{_describe_trained(sizes)} / {train.optim_batch_size} a micro-batch, {train.epochs} epochs, "
         f"{sizes.num_batches} batches -> at most {sizes.max_gradient_steps} gradient steps; "
         f"{train.gradient_accumulation_steps} to an optimizer step -> at most {sizes.max_optimizer_steps}",
         f"buffer: {sizes.buffer_size} responses",
     ]
 
 
-def _steps(cfg: Config, num_batches: int, max_kept: int) -> tuple[int, int]:
-    """Gradient and optimizer steps over the run, at most."""
+def _trained_after_batches(cfg: Config, num_batches: int, max_kept: int, buffer_size: int) -> list[int]:
+    """Responses trained on after each batch, at most: what is not emptied accumulates up to the buffer's size."""
+    if cfg.train.empty_replay_buffer or not cfg.train.sync:
+        return [max_kept] * num_batches
+    return [min(batch * max_kept, buffer_size) for batch in range(1, num_batches + 1)]
+
+
+def _steps(cfg: Config, trained: list[int]) -> tuple[int, int]:
+    """Gradient and optimizer steps over the run, at most, given the responses trained on after each batch."""
     train = cfg.train
-    accumulation = train.gradient_accumulation_steps
     if train.sync:
-        per_batch = train.epochs * _ceil_div(max_kept, train.optim_batch_size)
-        return num_batches * per_batch, num_batches * optimizer_steps_of_batch(cfg, max_kept)
-    gradient_steps = _ceil_div(num_batches * max_kept * train.epochs, train.optim_batch_size)
-    return gradient_steps, _ceil_div(gradient_steps, accumulation)
+        gradient_steps = sum(train.epochs * _ceil_div(responses, train.optim_batch_size) for responses in trained)
+        return gradient_steps, sum(optimizer_steps_of_batch(cfg, responses) for responses in trained)
+    gradient_steps = _ceil_div(sum(trained) * train.epochs, train.optim_batch_size)
+    return gradient_steps, _ceil_div(gradient_steps, train.gradient_accumulation_steps)
+
+
+def _describe_trained(sizes: Sizes) -> str:
+    if sizes.max_trained_per_batch == sizes.max_kept_per_batch:
+        return f"{sizes.max_kept_per_batch} responses"
+    return f"{sizes.max_kept_per_batch} to {sizes.max_trained_per_batch} responses (the buffer is not emptied)"
 
 
 def _describe_run(sizes: Sizes, total: int) -> str:

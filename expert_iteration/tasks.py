@@ -10,7 +10,7 @@ Imports no torch, and `datasets` only to load with it.
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,24 @@ def load_task(cfg: "Config") -> Task:
         raise UserError(f"env.dataset={name} is unknown: choose one of tiny, {', '.join(SOURCES)}.")
     if cfg.reward.fn is None:
         return task
-    return Task(**{**vars(task), "reward": rewards.load_reward_fn(cfg.reward.fn)})
+    return replace(task, reward=rewards.load_reward_fn(cfg.reward.fn))
+
+
+def without_long_prompts(task: Task, count_tokens: Callable[[Problem], int], limit: int) -> tuple[Task, int]:
+    """The task without the problems whose prompts are longer than `limit` tokens, and how many those were.
+
+    Raises:
+        UserError: none is left to train on or to evaluate with.
+    """
+    train = [problem for problem in task.train if count_tokens(problem) <= limit]
+    heldout = [problem for problem in task.heldout if count_tokens(problem) <= limit]
+    if not train or not heldout:
+        raise UserError(
+            f"No prompt of {task.name} is left for {'evaluation' if train else 'training'}: with the chat template all "
+            f"have more than {limit} tokens (inference_model.max_model_len less max_tokens). Raise max_model_len."
+        )
+    dropped = len(task.train) + len(task.heldout) - len(train) - len(heldout)
+    return replace(task, train=train, heldout=heldout), dropped
 
 
 def _tiny_task(cfg: "Config") -> Task:

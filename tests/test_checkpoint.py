@@ -72,6 +72,42 @@ def test_a_checkpoint_loads_without_running_code_and_has_what_was_promised(learn
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded["model_state_dict"].items())
 
 
+def tensors_in(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []
+    return [tensor for value in values for tensor in tensors_in(value)]
+
+
+def test_every_tensor_is_on_the_cpu_when_it_is_written(learner, cfg, tmp_path, monkeypatch):
+    """A checkpoint of a GPU must load where there is none; here `cpu` marks what it was asked to move."""
+    move, save, moved, written = torch.Tensor.cpu, torch.save, [], []
+
+    def cpu(tensor):
+        moved.append(move(tensor).clone())
+        return moved[-1]
+
+    def look_and_save(state, path):
+        written.extend(tensors_in(state))
+        save(state, path)
+
+    state = learner.state_dict()
+    nested = {"extra": [torch.ones(2), (torch.zeros(3), {"deep": torch.ones(1)})]}
+    monkeypatch.setattr(learner, "state_dict", lambda: state | nested)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch, "save", look_and_save)
+    path = Checkpointer(tmp_path, learner, cfg).save()
+    num_expected = len(tensors_in([state, nested, learner.model.state_dict()]))
+    assert len(written) == num_expected > 3 * len(list(learner.model.parameters()))
+    assert {id(tensor) for tensor in written} == {id(tensor) for tensor in moved}
+    loaded = torch.load(path, weights_only=True)
+    assert [part.shape for part in tensors_in(loaded["extra"])] == [(2,), (3,), (1,)]
+    # Tied weights moved one by one would be two.
+    assert loaded["model_state_dict"]["lm_head.weight"].data_ptr() == (
+        loaded["model_state_dict"]["model.embed_tokens.weight"].data_ptr()
+    )
+
+
 def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(learner, make_learner, cfg, tmp_path):
     loaded = torch.load(Checkpointer(tmp_path, learner, cfg).save(), weights_only=True)
     other = make_learner()

@@ -267,6 +267,28 @@ def test_main_gets_the_checked_configuration_and_its_run_directory(here):
     assert composed["train"]["max_bad_steps"] == 5  # the whole configuration, not just the task file
 
 
+def test_settings_without_effect_are_said_before_main(here, capsys):
+    said = []
+    arguments = [*TINY, "++train.minor_sft_beta=0.2", "optimizer.scheduler={enabled:false,type:linear}", "seed=1"]
+    assert launch(lambda cfg, run_dir: said.append(capsys.readouterr().err), "sync", arguments) == 0
+    [lines] = said
+    assert [line.split(" has no effect here: ")[0] for line in lines.splitlines()] == [
+        "note: train.minor_sft_beta",
+        "note: optimizer.scheduler.type",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["seed=1", "train.topk_size=4", "train.loss_function=sft"]])
+def test_a_plain_command_gets_no_notes(arguments, here, capsys):
+    assert launch(lambda cfg, run_dir: None, "sync", [*TINY, *arguments]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_given_keys_are_those_that_overrides_set():
+    overrides = ["mode=sync", "a.b=1", "+c.d='x y'", "++e.f=[1,2]", "~g.h", "i={j:1,k:{l:2}}"]
+    assert cli.given_keys(overrides) == ["mode", "a.b", "c.d", "e.f", "g.h", "i.j", "i.k.l"]
+
+
 def test_run_directory_can_be_chosen(here):
     jobs = []
     assert launch(lambda cfg, run_dir: jobs.append(run_dir), "sync", [*TINY, "hydra.run.dir=mine"]) == 0

@@ -6,7 +6,7 @@ import time
 import pytest
 import ray
 
-from expert_iteration.cluster import check_resources, given, start_actor, stop_actors, thread_environment
+from expert_iteration.cluster import check_resources, given, process_options, start_actor, stop_actors
 from expert_iteration.errors import UserError
 
 ON_CPU = {"ray_num_gpus": 0}
@@ -45,8 +45,15 @@ def test_null_leaves_an_option_to_its_default():
 
 
 def test_threads_are_those_configured_or_all():
-    assert thread_environment(3) == {"env_vars": {"OMP_NUM_THREADS": "3"}}
-    assert thread_environment(None) == {"env_vars": {"OMP_NUM_THREADS": str(os.cpu_count())}}
+    assert process_options(3, [])["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
+    assert process_options(None, [])["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == str(os.cpu_count())
+
+
+def test_a_process_sees_the_accelerators_that_ray_gives_it_and_no_others():
+    on_cpu, on_two = process_options(1, []), process_options(1, [4, 5])
+    assert (on_cpu["num_gpus"], on_cpu["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"]) == (0, "")
+    assert on_two["num_gpus"] == 2
+    assert "CUDA_VISIBLE_DEVICES" not in on_two["runtime_env"]["env_vars"]
 
 
 # --- actors ---
@@ -65,7 +72,7 @@ class Worker:
 
 def test_actors_have_their_threads_and_end_in_their_own_way(ray_session, tmp_path):
     paths = [tmp_path / f"farewell-{number}" for number in range(3)]
-    actors = [start_actor(Worker, {"runtime_env": thread_environment(7)}, str(path)) for path in paths]
+    actors = [start_actor(Worker, process_options(7, []), str(path)) for path in paths]
     assert ray.get([actor.threads.remote() for actor in actors]) == ["7"] * 3
     stop_actors(actors, timeout=60)
     # What they registered for their exit happens, a moment after Ray calls them ended: killed ones never would.

@@ -94,6 +94,17 @@ def test_a_single_response_has_no_deviation(make_queue):
     assert [record[f"collector/response_length/{name}"] for name in STATISTICS] == [3.0, 0.0, 3.0, 3.0]
 
 
+def test_a_reward_that_is_no_number_leaves_the_others_their_statistics(make_queue):
+    queue = make_queue(10)
+    logger = RemoteDataLogger(queue)
+    logger(make_batch((float("nan"), 2), (1.0, 4), (float("inf"), 4), (0.0, 4)))
+    logger(make_batch((float("nan"), 2)))
+    first, second = waiting(queue)
+    assert [first[f"collector/rewards/{name}"] for name in STATISTICS] == [0.5, 0.5, 0.0, 1.0]
+    assert not any(name.startswith("collector/rewards/") for name in second)
+    assert second["collector/response_length/mean"] == 2
+
+
 def test_a_full_queue_drops_the_oldest_and_counts_them(make_queue):
     queue = make_queue(3)
     logger = RemoteDataLogger(queue)
@@ -136,7 +147,7 @@ def test_records_of_another_process_reach_the_metrics_file(make_queue, tmp_path)
 
 
 class FakeLearner:
-    gradient_steps, optimizer_steps, responses_trained, seconds = 12, 3, 40, 6.0
+    gradient_steps, optimizer_steps, bad_steps, responses_trained, seconds = 12, 3, 1, 40, 6.0
 
 
 class FakeBuffer:
@@ -196,6 +207,7 @@ def test_a_gradient_step_is_logged_under_the_names_of_the_documentation(tmp_path
         "train/grad_norm": 2.0,
         "learning_rate": 1e-4,
         "optim_step": 3,
+        "train/bad_steps": 1,
         "train/data_read_count": 40,
         "train/policy_version": 2.0,
         "train/policy_age": 2.0,

@@ -65,6 +65,26 @@ def test_too_few_are_refused_with_the_arithmetic(device, num_accelerators):
         compute_device_allocation(load(f"device={device}"), num_accelerators)
 
 
+@pytest.mark.parametrize("num_accelerators", [1, 2])
+def test_too_few_are_told_what_is_possible(num_accelerators):
+    with pytest.raises(
+        UserError, match=r"3 are needed, one for each model, so set device=cpu \(slow\), or .* with 3\."
+    ):
+        compute_device_allocation(load(), num_accelerators)
+    compute_device_allocation(load("device=cpu"), num_accelerators)
+    compute_device_allocation(load(), 3)
+
+
+def test_lowering_num_devices_is_offered_only_where_it_helps():
+    with pytest.raises(
+        UserError, match=r"lower \*\.num_devices \(1 each takes 3\), or set device=cpu with every num_dev"
+    ):
+        compute_device_allocation(load(*TWO_EACH), 3)
+    with pytest.raises(UserError, match=r"one for each model, so set device=cpu with every num_devices=1") as error:
+        compute_device_allocation(load(*TWO_EACH), 2)
+    assert "lower" not in str(error.value)
+
+
 def test_too_few_for_the_published_six():
     with pytest.raises(UserError, match=r"2 for inference_model \+ 2 for ref_model \+ 2 for train_model = 6 .* 3 are"):
         compute_device_allocation(load(*TWO_EACH), 3)

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from expert_iteration.errors import UserError
-from expert_iteration.hub import check_model_available, is_hub_id
+from expert_iteration.hub import cached_folder, check_model_available, is_hub_id
 
 ANSWERS = {
     "org/there": (200, ""),
@@ -123,17 +123,21 @@ INDEX = json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}})
 @pytest.mark.parametrize(
     ("files", "is_complete"),
     [
-        ({"config.json": "{}", "model.safetensors": ""}, True),
-        ({"config.json": "{}", "pytorch_model.bin": ""}, True),
-        ({"config.json": "{}"}, False),
-        (
-            {"config.json": "{}", "model.safetensors.index.json": INDEX, "1.safetensors": "", "2.safetensors": ""},
-            True,
-        ),
-        ({"config.json": "{}", "model.safetensors.index.json": INDEX, "1.safetensors": ""}, False),
+        ({"model.safetensors": ""}, True),
+        ({"pytorch_model.bin": ""}, True),
+        ({}, False),
+        ({"model.safetensors.index.json": INDEX, "1.safetensors": "", "2.safetensors": ""}, True),
+        ({"model.safetensors.index.json": INDEX, "1.safetensors": ""}, False),
     ],
 )
 def test_a_cached_model_needs_no_hub_if_it_is_complete(files, is_complete, hub, tmp_path):
-    put_in_cache(tmp_path, "org/there", files)
+    put_in_cache(tmp_path, "org/there", {"config.json": "{}", "tokenizer.json": "{}"} | files)
     check_model_available("org/there")
     assert FakeHub.requests == ([] if is_complete else ["org/there"])
+    folder = cached_folder("org/there")
+    assert (folder is not None and (folder / "tokenizer.json").is_file()) == is_complete
+
+
+def test_a_model_cached_without_its_tokenizer_is_not_complete(hub, tmp_path):
+    put_in_cache(tmp_path, "org/there", {"config.json": "{}", "model.safetensors": ""})
+    assert cached_folder("org/there") is None

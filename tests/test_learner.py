@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import random_model
 from tensordict import TensorDict, lazy_stack
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from expert_iteration.cadence import is_due
 from expert_iteration.errors import UserError
@@ -20,21 +20,6 @@ from expert_iteration.schedule import make_scheduler
 VOCABULARY = 50
 TOKENIZER = SimpleNamespace(pad_token_id=0)
 SPLITS = [[8], [4, 4], [2, 2, 2, 2], [3, 3, 2], [1, 6, 1], [7, 1]]
-
-
-def tiny_model() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        attention_dropout=0.0,
-    )
-    return Qwen2ForCausalLM(config)
 
 
 def make_row(seed: int) -> TensorDict:
@@ -89,7 +74,7 @@ class SteepLoss(nn.Module):
 
 
 def make_learner(model=None, *, loss=lambda loss_fn: loss_fn, optimizer="SGD", lr=1.0, num_steps=100, **options):
-    model = tiny_model() if model is None else model
+    model = random_model(VOCABULARY) if model is None else model
     loss_fn = loss(SFTLoss(model, TOKENIZER, kl_to_ref_coeff=0.5))
     torch_optimizer = make_optimizer(model, optimizer_settings(name=optimizer, lr=lr))
     shape = SimpleNamespace(enabled=True, type="cosine_with_warmup", warmup_steps=0, num_cycles=0.5)
@@ -330,7 +315,7 @@ def test_master_weights_stay_float32_under_a_bfloat16_forward():
 
 def test_trainable_bfloat16_weights_are_refused():
     with pytest.raises(UserError, match=r"embed_tokens.*bfloat16.*float32"):
-        make_learner(tiny_model().to(torch.bfloat16))
+        make_learner(random_model(VOCABULARY).to(torch.bfloat16))
 
 
 def test_an_overflow_of_the_gradient_scaler_is_not_a_bad_step():
@@ -445,7 +430,7 @@ def assert_same_state(found, expected) -> None:
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
 def test_the_optimizer_is_the_one_named_and_spares_norms_and_biases(name):
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     optimizer = make_optimizer(model, optimizer_settings(name=name, weight_decay=0.1))
     assert type(optimizer) is getattr(torch.optim, name)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -458,7 +443,7 @@ def test_the_optimizer_is_the_one_named_and_spares_norms_and_biases(name):
 
 
 def test_weight_decay_moves_matrices_only():
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     learner = make_learner(model, lr=0.5)
     for group in learner.optimizer.param_groups:
         assert group["weight_decay"] == 0.0
@@ -472,7 +457,7 @@ def test_weight_decay_moves_matrices_only():
 
 
 def test_a_null_learning_rate_and_frozen_parameters():
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     model.model.requires_grad_(False)
     optimizer = make_optimizer(model, optimizer_settings(lr=None))
     (group,) = optimizer.param_groups
@@ -485,4 +470,4 @@ def test_a_null_learning_rate_and_frozen_parameters():
 
 def test_an_unknown_optimizer_is_refused_with_the_known():
     with pytest.raises(UserError, match="AdamW, Adam, SGD"):
-        make_optimizer(tiny_model(), optimizer_settings(name="Lion"))
+        make_optimizer(random_model(VOCABULARY), optimizer_settings(name="Lion"))

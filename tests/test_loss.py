@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import random_model
 from tensordict import TensorDict, lazy_stack
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -9,12 +10,12 @@ from torchrl.data import History
 from torchrl.modules.llm import TransformersWrapper
 from torchrl.modules.llm.policies import ChatHistory
 from torchrl.objectives.llm.sft import SFTLoss as TorchRLSFTLoss
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 from expert_iteration.errors import UserError
 from expert_iteration.log_probs import pad_rows, token_log_probs
-from expert_iteration.loss import SFTLoss, collate
+from expert_iteration.loss import SFTLoss, pad_batch
 
 VOCABULARY = 300
 SHAPES = [(3, 5), (6, 2), (1, 9), (4, 4)]
@@ -32,20 +33,6 @@ def tokenizer():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     return tokenizer
-
-
-def tiny_model(seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-    )
-    return Qwen2ForCausalLM(config)
 
 
 def make_row(prompt_length: int, response_length: int, seed: int, ref: bool = True) -> TensorDict:
@@ -108,7 +95,7 @@ class LogitsModel(nn.Module):
 
 
 def test_token_log_probs_are_those_of_each_row_alone():
-    model, rows = tiny_model(), make_rows()
+    model, rows = random_model(VOCABULARY), make_rows()
     found = token_log_probs(model, *pad_rows([row["tokens", "full"] for row in rows], pad_token_id=7))
     assert found.dtype == torch.float32
     assert (found[:, 0] == 0).all()
@@ -118,28 +105,40 @@ def test_token_log_probs_are_those_of_each_row_alone():
         torch.testing.assert_close(values[1 : len(ids)], expected, **TOLERANCE)
 
 
-def test_collate_pads_on_the_right():
-    batch = collate(lazy_stack(make_rows()), pad_token_id=9)
+def columns(rows: list[TensorDict]) -> list[list[torch.Tensor]]:
+    keys = (("tokens", "full"), ("masks", "all_assistant_mask"), ("next", "ref_log_probs", "full"))
+    return [[row[key] for row in rows] for key in keys]
+
+
+def test_a_batch_is_padded_on_the_right():
     rows = make_rows()
+    batch = pad_batch(*columns(rows), pad_token_id=9, device=torch.device("cpu"))
     assert batch.input_ids.shape == batch.response_mask.shape == batch.ref_log_probs.shape == (4, 10)
     for index, (prompt, response) in enumerate(SHAPES):
         total = prompt + response
         assert batch.input_ids[index].tolist() == rows[index]["tokens", "full"].tolist() + [9] * (10 - total)
         assert batch.attention_mask[index].tolist() == [1] * total + [0] * (10 - total)
         assert batch.response_mask[index].nonzero()[:, 0].tolist() == list(range(prompt, total))
+        assert batch.ref_log_probs[index].tolist() == [*rows[index]["next", "ref_log_probs", "full"]] + [0] * (
+            10 - total
+        )
 
 
-def test_collate_refuses_reference_log_probs_of_another_length():
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [(("next", "ref_log_probs", "full"), "reference log-probs"), (("masks", "all_assistant_mask"), "response mask")],
+)
+def test_rows_whose_parts_differ_in_length_are_refused(tokenizer, key, words):
     rows = make_rows()
-    rows[1]["next", "ref_log_probs", "full"] = torch.zeros(5)
-    with pytest.raises(ValueError, match="reference log-probs"):
-        collate(lazy_stack(rows), pad_token_id=0)
+    rows[1][key] = torch.zeros(5)
+    with pytest.raises(ValueError, match=words):
+        SFTLoss(random_model(VOCABULARY), tokenizer)(lazy_stack(rows))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_both_terms_equal_a_plain_computation(tokenizer, normalize, reduction):
-    model, rows = tiny_model(), make_rows()
+    model, rows = random_model(VOCABULARY), make_rows()
     loss_fn = SFTLoss(model, tokenizer, reduction=reduction, normalize_by_seq_length=normalize, kl_to_ref_coeff=0.7)
     output = loss_fn(lazy_stack(rows))
     terms = [plain_terms(model, row) for row in rows]
@@ -156,7 +155,7 @@ def test_both_terms_equal_a_plain_computation(tokenizer, normalize, reduction):
 
 
 def test_loss_does_not_depend_on_padding_or_order(tokenizer):
-    model, rows = tiny_model(), make_rows()
+    model, rows = random_model(VOCABULARY), make_rows()
     loss_fn = SFTLoss(model, tokenizer, kl_to_ref_coeff=1.0)
     together = loss_fn(lazy_stack(rows))
     shuffled = loss_fn(lazy_stack([rows[index] for index in (2, 0, 3, 1)]))
@@ -190,21 +189,21 @@ def test_an_impossible_prompt_token_leaves_the_gradient_finite(tokenizer):
 
 
 def test_kl_is_zero_at_the_reference_and_has_no_gradient_there(tokenizer):
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     batch = with_reference(make_rows(), model)
     output = SFTLoss(model, tokenizer, kl_to_ref_coeff=1.0)(batch)
     # k3 is quadratic in the difference of log-probs, which padding changes by about 1e-6.
     assert abs(output.kl_to_ref.item()) < 1e-9
     scale = gradients(model, SFTLoss(model, tokenizer)(batch).loss_sft).norm()
     assert gradients(model, output.loss_kl_to_ref).norm() < 1e-5 * scale
-    moved = SFTLoss(tiny_model(seed=1), tokenizer, kl_to_ref_coeff=1.0)(batch)
+    moved = SFTLoss(random_model(VOCABULARY, seed=1), tokenizer, kl_to_ref_coeff=1.0)(batch)
     assert moved.kl_to_ref.item() > 0.1
 
 
 @pytest.mark.parametrize("beta", [0.001, 0.1, 2.0])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_minor_sft_has_the_gradient_of_sft_at_the_reference(tokenizer, beta, normalize):
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     batch = with_reference(make_rows(), model)
     options = {"normalize_by_seq_length": normalize}
     sft = gradients(model, SFTLoss(model, tokenizer, **options)(batch).loss_sft)
@@ -216,7 +215,7 @@ def test_minor_sft_has_the_gradient_of_sft_at_the_reference(tokenizer, beta, nor
 
 def test_minor_sft_slows_down_past_the_reference(tokenizer):
     """A response already likelier than under the reference pulls less: this is what MinorSFT is for."""
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     batch = with_reference(make_rows(), model)
     for row in batch.tensordicts:
         row["next", "ref_log_probs", "full"] -= 10 * row["masks", "all_assistant_mask"]
@@ -228,7 +227,7 @@ def test_minor_sft_slows_down_past_the_reference(tokenizer):
 
 @pytest.mark.parametrize("coefficient", [None, 0.0])
 def test_kl_is_reported_without_gradient_where_it_is_no_term(tokenizer, coefficient):
-    model, rows = tiny_model(), make_rows()
+    model, rows = random_model(VOCABULARY), make_rows()
     output = SFTLoss(model, tokenizer, kl_to_ref_coeff=coefficient)(lazy_stack(rows))
     with_term = SFTLoss(model, tokenizer, kl_to_ref_coeff=1.0)(lazy_stack(rows))
     assert output.loss_kl_to_ref is None
@@ -242,11 +241,11 @@ def test_kl_is_reported_without_gradient_where_it_is_no_term(tokenizer, coeffici
 @pytest.mark.parametrize("options", [{"kl_to_ref_coeff": 1.0}, {"loss_function": "minor_sft"}])
 def test_missing_reference_log_probs_are_an_error(tokenizer, options):
     with pytest.raises(ValueError, match="ref_log_probs"):
-        SFTLoss(tiny_model(), tokenizer, **options)(lazy_stack(make_rows(ref=False)))
+        SFTLoss(random_model(VOCABULARY), tokenizer, **options)(lazy_stack(make_rows(ref=False)))
 
 
 def test_an_empty_response_counts_and_adds_nothing(tokenizer):
-    model, rows = tiny_model(), make_rows()
+    model, rows = random_model(VOCABULARY), make_rows()
     loss_fn = SFTLoss(model, tokenizer, kl_to_ref_coeff=1.0)
     full = loss_fn(lazy_stack(rows))
     output = loss_fn(lazy_stack([*rows, make_row(5, 0, seed=9)]))
@@ -269,17 +268,17 @@ def test_an_empty_response_counts_and_adds_nothing(tokenizer):
 )
 def test_options_that_cannot_work_are_refused(tokenizer, options, words):
     with pytest.raises(UserError, match=words):
-        SFTLoss(tiny_model(), **{"tokenizer": tokenizer, **options})
+        SFTLoss(random_model(VOCABULARY), **{"tokenizer": tokenizer, **options})
 
 
 def test_minor_sft_takes_a_coefficient_of_zero(tokenizer):
-    SFTLoss(tiny_model(), tokenizer, loss_function="minor_sft", kl_to_ref_coeff=0.0)
+    SFTLoss(random_model(VOCABULARY), tokenizer, loss_function="minor_sft", kl_to_ref_coeff=0.0)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_the_readme_snippet_runs(tokenizer, wrapped):
     train_tokenizer, train_device = tokenizer, torch.device("cpu")
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     policy_training = model
     if wrapped:
         policy_training = TransformersWrapper(model, tokenizer=tokenizer, generate=False, return_log_probs=True)
@@ -308,7 +307,7 @@ def history_batch() -> TensorDict:
 
 
 def test_a_batch_of_histories_gives_the_loss_of_torchrl(tokenizer):
-    model = tiny_model()
+    model = random_model(VOCABULARY)
     wrapper = TransformersWrapper(
         model,
         tokenizer=tokenizer,
@@ -325,7 +324,7 @@ def test_a_batch_of_histories_gives_the_loss_of_torchrl(tokenizer):
 
 
 def test_tokenizer_kwargs_choose_the_template_of_histories_and_stay_the_callers(tokenizer):
-    model, losses = tiny_model(), {}
+    model, losses = random_model(VOCABULARY), {}
     for name in ("qwen", "chatml_format"):
         kwargs = {"chat_template_name": name}
         losses[name] = SFTLoss(model, tokenizer, tokenizer_kwargs=kwargs)(history_batch()).loss_sft.item()

@@ -18,7 +18,7 @@ import torch
 from expert_iteration.cli import compose_config
 from expert_iteration.config import LoggingMode
 from expert_iteration.learner import StepResult
-from expert_iteration.metrics import Metrics, summarize, timeit, timings
+from expert_iteration.metrics import Metrics, plain, summarize, timeit, timings
 from expert_iteration.resolve import resolve_config
 from expert_iteration.wandb_logger import make_loggers, wandb_mode, wandb_run_name
 
@@ -106,6 +106,15 @@ def test_lines_are_valid_json_whatever_the_numbers(tmp_path):
     assert isinstance(line["a/numpy"], int)
 
 
+def test_plain_values_are_those_that_json_knows():
+    found = plain(
+        {"eval": {"k": np.int64(4), "reward": math.nan}, "rates": (torch.tensor(0.5), math.inf), "error": None}
+    )
+    assert found == {"eval": {"k": 4, "reward": None}, "rates": [0.5, None], "error": None}
+    assert plain([True, "NaN", 2]) == [True, "NaN", 2]
+    assert plain(True) is True
+
+
 def test_a_second_sink_continues_the_file(tmp_path):
     for step in (1, 2):
         metrics, _ = make_metrics(tmp_path)
@@ -143,8 +152,11 @@ def test_training_writes_means_and_loses_nothing(tmp_path):
 
 
 def test_summarize_takes_means_of_measurements_and_the_last_of_counts():
-    records = [{"train/loss": 1.0, "buffer/write_count": 16}, {"train/loss": 2.0, "buffer/write_count": 32}]
-    assert summarize(records) == {"train/loss": 1.5, "buffer/write_count": 32}
+    records = [
+        {"train/loss": 1.0, "buffer/write_count": 16, "train/bad_steps": 0},
+        {"train/loss": 2.0, "buffer/write_count": 32, "train/bad_steps": 1},
+    ]
+    assert summarize(records) == {"train/loss": 1.5, "buffer/write_count": 32, "train/bad_steps": 1}
 
 
 def test_drain_logs_every_waiting_record(tmp_path):

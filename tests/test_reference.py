@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import random_model
 from tensordict import TensorDict, lazy_stack
+from torch import nn
 from torchrl.data import Composite, LazyStackStorage, ReplayBuffer
 from torchrl.envs.transforms import Compose
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from expert_iteration.log_probs import token_log_probs
 from expert_iteration.loss import SFTLoss
@@ -21,19 +22,9 @@ LENGTHS = [7, 3, 12, 5, 3, 9, 1]
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def tiny_model(seed: int = 0) -> Qwen2ForCausalLM:
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        attention_dropout=0.5,
-    )
-    return Qwen2ForCausalLM(config)
+def tiny_model(seed: int = 0) -> nn.Module:
+    """With dropout, which would show in scores made in training mode."""
+    return random_model(VOCABULARY, seed, attention_dropout=0.5)
 
 
 def make_ids() -> list[torch.Tensor]:
@@ -102,12 +93,14 @@ def test_no_rows_no_scores():
     assert ReferenceScorer(tiny_model(), 0, 2).score([]) == []
 
 
-def test_the_forward_pass_may_be_autocast():
-    model, dtypes = tiny_model(), []
-    model.lm_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    (values, *_) = ReferenceScorer(model, 0, 8, autocast_dtype=torch.bfloat16).score(make_ids())
-    assert dtypes == [torch.bfloat16]
-    assert values.dtype == torch.float32
+def test_a_bfloat16_model_gives_float32_scores():
+    rows = make_ids()
+    scored = ReferenceScorer(tiny_model().to(torch.bfloat16), 0, 8).score(rows)
+    assert {values.dtype for values in scored} == {torch.float32}
+    # bfloat16 keeps 8 bits of logits of order 10.
+    assert all(
+        (values - directly(tiny_model(), ids)).abs().max() < 0.5 for ids, values in zip(rows, scored, strict=True)
+    )
 
 
 # --- the transform ---

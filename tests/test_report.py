@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from expert_iteration.charts import CHARTS, MAX_POINTS, Point, collect_series, differences, draw, thin
+from expert_iteration.charts import CHARTS, MAX_POINTS, Point, collect_series, draw, thin
 from expert_iteration.metrics import Metrics
 from expert_iteration.report import (
     describe_selection,
@@ -16,6 +19,7 @@ from expert_iteration.report import (
     write_report,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 BEFORE = {"pass@1": 0.3275, "greedy": 0.44, "reward": 0.451, "pass@k": 0.75, "k": 4.0, "num_prompts": 1319.0}
 AFTER = {"pass@1": 0.7775, "greedy": 0.87, "reward": 0.82, "pass@k": 0.8831, "k": 4.0, "num_prompts": 1319.0}
 SUMMARY = {
@@ -63,7 +67,7 @@ def write_run(run_dir, summary=SUMMARY, config=CONFIG):
     metrics.samples(evaluation(good=1), step=0, split="heldout")
     for batch in range(4):
         metrics.log({"collector/rewards/mean": 0.4 + 0.1 * batch, "collector/response_length/mean": 250.0}, step=batch)
-        metrics.log({"selection/responses_kept": 40 + 10 * batch}, step=batch)
+        metrics.log({"selection/batch_kept": 40 - 10 * batch}, step=batch)
         metrics.log({"train/loss": 1.0, "train/loss_sft": 0.9, "train/kl_to_ref": 0.1}, step=batch + 1)
     metrics.log({"eval/pass@1": 0.7775, "eval/greedy": 0.87}, step=4)
     metrics.samples(evaluation(good=3), step=4, split="heldout")
@@ -104,7 +108,7 @@ def test_the_page_shows_every_curve_with_its_ends(tmp_path):
     text = read_text(page)
     for caption in ("pass@1 (sampled) 0.328 → 0.777", "greedy 0.44 → 0.87", "reward 0.4 → 0.7", "length 250 → 250"):
         assert caption in text
-    assert "kept 40 → 10" in text  # what each batch added to the running total
+    assert "kept 40 → 10" in text
 
 
 def test_the_page_shows_samples_and_escapes_them(tmp_path):
@@ -142,6 +146,12 @@ def test_a_failed_run_has_a_page(tmp_path):
     assert "RuntimeError: a &lt; b &amp; c" in page.read_text()
     assert "before after best pass@1 (sampled) 0.328 - 0.328" in read_text(page)
     assert "Status: failed (RuntimeError: a < b & c)" in print_summary(tmp_path)
+
+
+def test_reading_a_run_directory_loads_neither_torch_nor_ray():
+    code = "import sys, expert_iteration.report; print({'torch', 'torchrl', 'ray'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_an_empty_run_directory_has_a_page(tmp_path):
@@ -201,13 +211,12 @@ def test_samples_are_the_first_and_the_last_evaluation_of_five_prompts(tmp_path)
     assert first["after"] == {"step": 5, "responses": [{**respond("<b>4</b>", 1.0, True), "count": 4}]}
 
 
-def test_series_skip_nulls_and_prefer_what_was_kept_of_a_batch():
-    totals = [{"step": 0, "selection/responses_kept": 5}, {"step": 2, "selection/responses_kept": 12}]
-    assert collect_series(totals)["selection/batch_kept"] == [Point(0, 5), Point(2, 7)]
-    both = [{**totals[0], "selection/batch_kept": 4}, {"step": 1, "train/loss": None}]
-    assert collect_series(both)["selection/batch_kept"] == [Point(0, 4)]
-    assert "train/loss" not in collect_series(both)
-    assert differences([]) == []
+def test_series_are_those_of_the_charts_without_nulls():
+    lines = [
+        {"step": 0, "selection/batch_kept": 4, "train/loss": None},
+        {"step": 2, "selection/batch_kept": 0, "collector/dialog_turns": 16},
+    ]
+    assert collect_series(lines) == {"selection/batch_kept": [Point(0, 4), Point(2, 0)]}
 
 
 def test_long_curves_are_thinned_to_means():

@@ -81,6 +81,48 @@ def test_num_envs_always_divides_the_batch_into_groups_or_parts_of_one(num_envs,
     assert got.num_envs % 8 == 0 or 8 % got.num_envs == 0
 
 
+def simulated_steps(cfg: Config) -> tuple[int, int]:
+    """Gradient and optimizer steps of the script's loop, counted, in a run whose batches keep all they may."""
+    got, train = derive_sizes(cfg), cfg.train
+    stored = gradient_steps = optimizer_steps = 0
+    for _ in range(got.num_batches):
+        stored = min(stored + got.max_kept_per_batch, got.buffer_size)
+        micro_batches = sum(len(range(0, stored, train.optim_batch_size)) for _ in range(train.epochs))
+        gradient_steps += micro_batches
+        optimizer_steps += len(range(0, micro_batches, train.gradient_accumulation_steps))
+        stored = 0 if train.empty_replay_buffer else stored
+    return gradient_steps, optimizer_steps
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("buffer_size", [None, 64, 100, 200, 10_000])
+@pytest.mark.parametrize("empty", [True, False])
+def test_steps_are_those_of_the_loop(empty, buffer_size, accumulation):
+    cfg = deepcopy(loaded("ei_tiny", "sync"))
+    train = cfg.train
+    train.empty_replay_buffer, train.buffer_size, train.gradient_accumulation_steps = empty, buffer_size, accumulation
+    got = derive_sizes(cfg)
+    assert (got.max_gradient_steps, got.max_optimizer_steps) == simulated_steps(cfg)
+
+
+def test_a_buffer_that_is_not_emptied_accumulates_up_to_its_size():
+    got = sizes(empty_replay_buffer=False, buffer_size=200)
+    assert got.max_trained_per_batch == 200
+    # 64, 128, 192 and 13 times 200 responses in micro-batches of 16, twice over
+    assert got.max_gradient_steps == 2 * (4 + 8 + 12 + 13 * 13)
+    assert sizes(empty_replay_buffer=False, buffer_size=10_000).max_trained_per_batch == 16 * 64
+    assert sizes(empty_replay_buffer=False).max_gradient_steps == sizes().max_gradient_steps  # room for one batch only
+
+
+def test_growth_is_described():
+    cfg = deepcopy(loaded("ei_tiny", "sync"))
+    cfg.train = replace(cfg.train, empty_replay_buffer=False, buffer_size=200)
+    assert (
+        "64 to 200 responses (the buffer is not emptied) / 16 a micro-batch, 2 epochs, 16 batches -> at most 386 "
+        "gradient steps; 1 to an optimizer step -> at most 386"
+    ) in describe_sizes(derive_sizes(cfg), cfg)
+
+
 def test_buffer_size_is_taken_as_given():
     assert sizes(buffer_size=100).buffer_size == 100
 

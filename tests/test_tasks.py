@@ -309,3 +309,24 @@ def test_real_ifeval_is_scored_on_every_instruction():
     assert 0 < sum(passes) < len(problems)
     # Everything followed strictly earns all four shares and both tags.
     assert all((value > 1.14) == passed for value, passed in zip(values, passes, strict=True))
+
+
+# Prompts that are too long
+
+
+def test_prompts_without_room_for_a_response_are_left_out():
+    def problems(*lengths):
+        return [tasks.Problem("x" * length, "1") for length in lengths]
+
+    def length(problem):
+        return len(problem.question)
+
+    task = tasks.Task("t", None, train=problems(3, 9, 4), heldout=problems(5, 8), reward=None, correct=None)
+    shorter, dropped = tasks.without_long_prompts(task, length, limit=5)
+    assert [length(problem) for problem in shorter.train] == [3, 4]
+    assert [length(problem) for problem in shorter.heldout] == [5]
+    assert dropped == 2
+    with pytest.raises(UserError, match="No prompt of t is left for training"):
+        tasks.without_long_prompts(task, length, limit=2)
+    with pytest.raises(UserError, match="No prompt of t is left for evaluation"):
+        tasks.without_long_prompts(task, length, limit=4)

@@ -1,0 +1,121 @@
+"""Settings that somebody gave and that change nothing in the configuration they are part of: to be said, not ignored.
+
+A table of key, condition and reason. What contradicts another setting is refused (`validation.py`); what is merely idle
+is noted here, as it may be meant for another command line.
+"""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from expert_iteration.config import Config, Device, LoggingBackend, LoggingMode, LossFunction, OptimizerName
+from expert_iteration.config import SchedulerType as Shape
+from expert_iteration.devices import count_accelerators
+from expert_iteration.hub import BUILT_IN
+
+
+class Idle(NamedTuple):
+    """A row of the table: `key` has no effect where `holds`, because of `reason`."""
+
+    key: str
+    holds: Callable[[Config], bool]
+    reason: str
+
+
+def settings_without_effect(cfg: Config, given: Collection[str]) -> list[str]:
+    """One line for each key that has no effect in this configuration, with the first reason that holds.
+
+    Args:
+        cfg: has passed the rules of `validation.py`.
+        given: the dotted keys that the user set; what a file sets is not remarked upon.
+    """
+    reasons: dict[str, str] = {}
+    for key, holds, reason in TABLE:
+        if key in given and key not in reasons and holds(cfg):
+            reasons[key] = reason
+    return [f"note: {key} has no effect here: {reason}" for key, reason in reasons.items()]
+
+
+def _on_accelerators(cfg: Config) -> bool:
+    return cfg.device is Device.cuda or (cfg.device is Device.auto and _is_local(cfg) and count_accelerators() > 0)
+
+
+def _on_cpu(cfg: Config) -> bool:
+    return cfg.device is Device.cpu or (cfg.device is Device.auto and _is_local(cfg) and count_accelerators() == 0)
+
+
+def _is_local(cfg: Config) -> bool:
+    """Only Ray knows what the machines of a cluster have."""
+    return cfg.ray.init_config.get("address") is None
+
+
+def _is_emptied_buffer(cfg: Config) -> bool:
+    return cfg.train.sync and cfg.train.empty_replay_buffer and cfg.train.buffer_size is not None
+
+
+def _rows_of(keys: tuple[str, ...], holds: Callable[[Config], bool], reason: str) -> list[Idle]:
+    return [Idle(key, holds, reason) for key in keys]
+
+
+SCHEDULER_KEYS = tuple(f"optimizer.scheduler.{name}" for name in ("type", "warmup_steps", "num_cycles"))
+WANDB_KEYS = tuple(f"logging.{name}" for name in ("project", "entity", "group", "tags", "experiment_name"))
+TINY_KEYS = ("tiny.model_seed", "tiny.cache_dir")
+
+# Without logging.mode, which is refused beside logging.backend=none unless it is null.
+TABLE: tuple[Idle, ...] = (
+    Idle(
+        "train_model.torch_dtype",
+        lambda cfg: not cfg.train.mixed_precision,
+        "train.mixed_precision=false trains in float32.",
+    ),
+    Idle(
+        "train.minor_sft_beta",
+        lambda cfg: cfg.train.loss_function is LossFunction.sft,
+        "train.loss_function=sft has no beta; minor_sft has.",
+    ),
+    Idle(
+        "train.buffer_size",
+        _is_emptied_buffer,
+        "train.empty_replay_buffer=true never holds more than one batch's responses, for which there is room anyway.",
+    ),
+    *_rows_of(
+        SCHEDULER_KEYS,
+        lambda cfg: not cfg.optimizer.scheduler.enabled,
+        "optimizer.scheduler.enabled=false keeps the learning rate as it is.",
+    ),
+    Idle(
+        "optimizer.scheduler.num_cycles",
+        lambda cfg: cfg.optimizer.scheduler.type is not Shape.cosine_with_warmup,
+        "only optimizer.scheduler.type=cosine_with_warmup has cycles.",
+    ),
+    Idle(
+        "optimizer.betas",
+        lambda cfg: cfg.optimizer.name is OptimizerName.SGD,
+        "optimizer.name=SGD has no betas; Adam and AdamW have.",
+    ),
+    Idle(
+        "inference_model.kv_cache_gib",
+        lambda cfg: cfg.inference_model.kv_cache_gib is not None and _on_accelerators(cfg),
+        "on accelerators inference_model.gpu_memory_utilization sizes the cache.",
+    ),
+    Idle(
+        "inference_model.gpu_memory_utilization",
+        lambda cfg: cfg.inference_model.kv_cache_gib is not None and _on_cpu(cfg),
+        "on a CPU inference_model.kv_cache_gib, which is set, sizes the cache.",
+    ),
+    *_rows_of(
+        TINY_KEYS,
+        # The built-in task's problems are the same for every seed.
+        lambda cfg: cfg.model.name != BUILT_IN,
+        "it is for the built-in model, model.name=tiny.",
+    ),
+    *_rows_of(
+        WANDB_KEYS,
+        lambda cfg: cfg.logging.backend is LoggingBackend.none,
+        "it is for W&B, which logging.backend=none leaves out.",
+    ),
+    *_rows_of(
+        WANDB_KEYS,
+        lambda cfg: cfg.logging.mode is LoggingMode.disabled,
+        "it is for W&B, which logging.mode=disabled switches off.",
+    ),
+)

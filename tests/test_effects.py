@@ -1,0 +1,106 @@
+"""Settings without effect are said, each with its reason, and the others are not."""
+
+import pytest
+
+from expert_iteration import effects, keys
+from expert_iteration.cli import compose_config, given_keys
+from expert_iteration.effects import TABLE, settings_without_effect
+from expert_iteration.resolve import resolve_config
+
+NO_SCHEDULER = ["optimizer.scheduler.enabled=false"]
+NO_WANDB = ["logging.backend=none"]
+DISABLED = ["logging.mode=disabled"]
+CACHE = ["inference_model.kv_cache_gib=2"]
+HUB = ["model.name=gpt2"]
+
+# (an override, others with which it is idle, others with which it is not, a word of the reason), for ei_tiny
+CASES: list[tuple[str, list[str], list[str], str]] = [
+    (
+        "train_model.torch_dtype=bfloat16",
+        ["train.mixed_precision=false"],
+        ["train.mixed_precision=true"],
+        "mixed_precision=false",
+    ),
+    (
+        "train.minor_sft_beta=0.2",
+        ["train.loss_function=sft"],
+        ["train.loss_function=minor_sft", "train.kl_to_ref_coeff=null"],
+        "loss_function=sft",
+    ),
+    ("train.buffer_size=100", [], ["train.empty_replay_buffer=false"], "empty_replay_buffer=true"),
+    *[
+        (override, NO_SCHEDULER, ["optimizer.scheduler.type=cosine_with_warmup"], "scheduler.enabled=false")
+        for override in ("optimizer.scheduler.warmup_steps=3", "optimizer.scheduler.num_cycles=1")
+    ],
+    ("optimizer.scheduler.type=linear", NO_SCHEDULER, [], "scheduler.enabled=false"),
+    *[
+        (
+            "optimizer.scheduler.num_cycles=1",
+            [f"optimizer.scheduler.type={shape}"],
+            ["optimizer.scheduler.type=cosine_with_warmup"],
+            "type=cosine_with_warmup",
+        )
+        for shape in ("linear", "constant")
+    ],
+    ("optimizer.betas=[0.8,0.9]", ["optimizer.name=SGD"], ["optimizer.name=Adam"], "SGD"),
+    ("inference_model.gpu_memory_utilization=0.4", CACHE, ["inference_model.kv_cache_gib=null"], "kv_cache_gib"),
+    ("tiny.model_seed=1", HUB, [], "model.name=tiny"),
+    ("tiny.cache_dir=/tmp", HUB, ["env.dataset=gsm8k"], "model.name=tiny"),
+    *[
+        (f"logging.{override}", idle, ["logging.mode=offline"], idle[0])
+        for override in ("project=a", "entity=a", "group=a", "tags=[a]", "experiment_name=a")
+        for idle in (NO_WANDB, DISABLED)
+    ],
+]
+
+
+def notes(overrides: list[str], task: str = "ei_tiny") -> list[str]:
+    cfg = resolve_config(compose_config(task, "sync", overrides), "sync")
+    return settings_without_effect(cfg, given_keys(overrides))
+
+
+@pytest.mark.parametrize(("override", "idle", "active", "reason"), CASES)
+def test_idle_settings_are_noted_and_active_ones_are_not(override, idle, active, reason):
+    [line] = notes([override, *idle])[:1]
+    assert line.startswith(f"note: {override.split('=')[0]} has no effect here: ")
+    assert reason in line
+    assert notes([override, *active]) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "count"),
+    [("kv_cache_gib", "gpu_memory_utilization", 8), ("gpu_memory_utilization", "kv_cache_gib", 0)],
+)
+def test_device_auto_asks_the_machine(key, other, count, monkeypatch):
+    overrides = ["device=auto", *CACHE, "inference_model.gpu_memory_utilization=0.4"]
+    monkeypatch.setattr(effects, "count_accelerators", lambda: count)
+    [line] = notes(overrides)
+    assert line.startswith(f"note: inference_model.{key} has no effect here: ")
+    assert other in line
+    assert notes([*overrides, "ray.init_config.address=auto"]) == []  # what the cluster has is not known yet
+
+
+def test_null_is_no_wish():
+    """The remedy of the rule `kv_cache_gib_is_for_cpu`, and the default of the buffer."""
+    assert notes(["device=cuda", "inference_model.kv_cache_gib=null", "train.buffer_size=null"]) == []
+
+
+def test_every_row_has_a_case():
+    """By key and reason. Without accelerators kv_cache_gib cannot fire: `test_device_auto_asks_the_machine` has it."""
+    fired = {line for override, idle, _, _ in CASES for line in notes([override, *idle])}
+    rows = {f"note: {key} has no effect here: {reason}" for key, _, reason in TABLE}
+    assert rows - fired == {
+        f"note: {key} has no effect here: {reason}" for key, _, reason in TABLE if key == "inference_model.kv_cache_gib"
+    }
+    assert fired <= rows
+    assert all(keys.is_known(row.key) for row in TABLE)
+
+
+def test_a_key_is_noted_once():
+    assert len(notes(["optimizer.scheduler.num_cycles=1", "optimizer.scheduler.type=linear", *NO_SCHEDULER])) == 2
+
+
+@pytest.mark.parametrize("task", ["ei_tiny", "ei_gsm8k", "ei_ifeval"])
+def test_what_files_set_is_not_noted(task):
+    assert notes([], task) == []
+    assert notes(["seed=1", "env.repeats=64", "train.topk_size=8", "train.kl_to_ref_coeff=0.5"], task) == []

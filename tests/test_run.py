@@ -1,0 +1,43 @@
+"""What a run checks and prepares before it starts anything."""
+
+import pytest
+
+from expert_iteration.errors import UserError
+from expert_iteration.run import _describe_optimizer, _prepare_task, _refuse_used_directory
+
+
+def test_a_directory_that_holds_a_run_is_refused(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    _refuse_used_directory(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"holds a run already \(metrics\.jsonl\).*hydra\.run\.dir"):
+        _refuse_used_directory(tmp_path)
+
+
+@pytest.fixture
+def cfg_of(make_cfg, tiny_folder):
+    return lambda *overrides: make_cfg(f"model.name={tiny_folder}", *overrides)
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_said(cfg_of):
+    task, notes = _prepare_task(cfg_of())
+    assert (len(task.train), len(notes)) == (4000, 1)
+    shorter, notes = _prepare_task(cfg_of("inference_model.max_model_len=80"))
+    assert 0 < len(shorter.train) < 4000
+    dropped = len(task.train) + len(task.heldout) - len(shorter.train) - len(shorter.heldout)
+    assert notes[1] == f"note: {dropped} prompts were left out, for they have more than 48 tokens"
+
+
+def test_a_tokenizer_without_a_template_is_refused_before_anything_starts(cfg_of, monkeypatch):
+    def refuse(name):
+        raise UserError("no template")
+
+    monkeypatch.setattr("expert_iteration.run.load_tokenizer", refuse)
+    with pytest.raises(UserError, match="no template"):
+        _prepare_task(cfg_of())
+
+
+def test_the_learning_rate_that_was_chosen_is_said(make_cfg):
+    assert _describe_optimizer(make_cfg()) == "AdamW at a learning rate of 0.0002"
+    chosen = _describe_optimizer(make_cfg("optimizer.lr=null"))
+    assert chosen == "AdamW at a learning rate of 1e-05 (optimizer.lr=null: full fine-tuning)"
