@@ -267,9 +267,9 @@ class WeightUpdateConfig:
     """Pushing trained weights into the engine, and proof that they arrived."""
 
     probe_frequency: int
-    """Pushes between comparisons of trainer and engine; 0: only at the start and after the first push."""
+    """Pushes between comparisons of trainer and engine; 0: at the start, and until the weights have changed visibly."""
     probe_tolerance: float | None
-    """Largest difference of log-probs that passes; null: by the engine's dtype."""
+    """Largest mean difference of log-probs that passes; null: by the coarser dtype of trainer and engine."""
     timeout: float
     """Seconds that a push may take before the run ends with an error."""
 
