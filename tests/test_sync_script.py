@@ -60,7 +60,7 @@ class FakeLearner:
     def __init__(self, events, accumulation, bad_at):
         self.events, self.accumulation, self.bad_at = events, accumulation, bad_at
         self.gradient_steps = self.optimizer_steps = self.responses_trained = self.last_step_at = self.window = 0
-        self.seconds = 1.0
+        self.bad_steps, self.seconds = 0, 1.0
 
     def plan(self, num_optimizer_steps, until):
         self.events.append(f"plan {num_optimizer_steps} until {until:g}")
