@@ -41,6 +41,14 @@ class Selection(StrEnum):
     random = "random"
 
 
+class KLScheduleType(StrEnum):
+    """Shapes of the KL coefficient over the run."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
 class LossFunction(StrEnum):
     """What imitating the kept responses means."""
 
@@ -124,6 +132,16 @@ class ModelConfig:
 
 
 @dataclass
+class KLScheduleConfig:
+    """The KL coefficient over the run, from `train.kl_to_ref_coeff` at its start."""
+
+    type: KLScheduleType
+    """`constant`, or how it falls (or rises): `linear`, or `cosine`, half a wave."""
+    end: float
+    """The coefficient at the end of the run; no meaning for `constant`."""
+
+
+@dataclass
 class TrainConfig:
     """The algorithm: what is collected, what is kept, how it is imitated."""
 
@@ -132,7 +150,7 @@ class TrainConfig:
     sync_iter: bool | None
     """Sync mode: false lets the engine generate the next batch while the learner trains; null in async mode."""
     epochs: int
-    """Passes over the kept responses of a batch."""
+    """Passes over the kept responses of a batch; in async mode, how often each is drawn on average."""
     weight_update_frequency: int | None
     """Gradient steps between weight pushes; null (sync mode): one push before each new collection."""
     dialog_turns_per_batch: int
@@ -144,9 +162,28 @@ class TrainConfig:
     selection: Selection
     """`above_median`: the best, strictly above the group's lower median; `random`: as many, from the same groups."""
     buffer_size: int | None
-    """Responses that the buffer holds; null: one batch of kept responses in sync mode, 256 in async mode."""
+    """Responses that the buffer holds; null: one batch of kept responses in sync mode, 256 (or a batch's kept responses
+    if they are more) in async mode, where new responses take the places of the oldest."""
     empty_replay_buffer: bool
-    """Whether the buffer is emptied once its responses were trained on."""
+    """Sync mode: whether the buffer is emptied once its responses were trained on."""
+    prioritized_sampling: bool
+    """Whether responses of higher reward are drawn first (sync mode) or more often (async mode)."""
+    prioritized_sampling_alpha: float
+    """How much reward counts: a response is drawn in proportion to (its reward, shifted above 0) ^ alpha."""
+    prioritized_sampling_beta: float
+    """Async mode: strength of the importance weights in the loss, which undo the preference at 1; 0: none."""
+    prioritized_sampling_epsilon: float
+    """The least reward's height above 0, as a share of the spread of rewards in the buffer: how rarely it is drawn."""
+    max_policy_age: int | None
+    """Responses made more than so many weight pushes ago are dropped before training; null: none."""
+    max_ahead: int | None
+    """Async mode: groups that collection may be ahead of training at most; null: no limit."""
+    collection_timeout: float
+    """Seconds that training may wait for responses before the run ends with an error."""
+    total_optimizer_steps: int | None
+    """Async mode: optimizer steps of the run, shared out evenly over what is collected; null: as `train.epochs` says."""
+    deterministic: bool
+    """Async mode: whether collecting and training alternate in a fixed order, so that a seed repeats a run."""
     optim_batch_size: int
     """Responses per micro-batch, which is one gradient step."""
     gradient_accumulation_steps: int
@@ -159,6 +196,7 @@ class TrainConfig:
     """Sharpness of `minor_sft`; no meaning for `sft`."""
     kl_to_ref_coeff: float | None
     """Weight of the KL divergence to the start model in the loss; null or 0: none."""
+    kl_to_ref_schedule: KLScheduleConfig
     max_bad_steps: int
     """So many steps in a row without a finite loss and gradient end the run."""
     checkpoint_frequency: int

@@ -12,7 +12,16 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from expert_iteration.config import Config, Dataset, Device, Dtype, LoggingBackend, LoggingMode, LossFunction
+from expert_iteration.config import (
+    Config,
+    Dataset,
+    Device,
+    Dtype,
+    KLScheduleType,
+    LoggingBackend,
+    LoggingMode,
+    LossFunction,
+)
 from expert_iteration.errors import UserError
 from expert_iteration.sizes import derive_sizes
 from expert_iteration.wandb_logger import has_wandb_login
@@ -26,6 +35,8 @@ AT_LEAST_ONE = (
     "train.total_dialog_turns",
     "train.topk_size",
     "train.buffer_size",
+    "train.max_ahead",
+    "train.total_optimizer_steps",
     "train.optim_batch_size",
     "train.gradient_accumulation_steps",
     "train.max_bad_steps",
@@ -44,6 +55,10 @@ AT_LEAST_ONE = (
 )
 AT_LEAST_ZERO = (
     "train.kl_to_ref_coeff",
+    "train.kl_to_ref_schedule.end",
+    "train.prioritized_sampling_alpha",
+    "train.prioritized_sampling_beta",
+    "train.max_policy_age",
     "train.checkpoint_frequency",
     "optimizer.weight_decay",
     "optimizer.scheduler.warmup_steps",
@@ -54,6 +69,8 @@ AT_LEAST_ZERO = (
 )
 ABOVE_ZERO = (
     "train.minor_sft_beta",
+    "train.prioritized_sampling_epsilon",
+    "train.collection_timeout",
     "inference_model.temperature",
     "optimizer.lr",
     "optimizer.clip_grad_norm",
@@ -150,13 +167,23 @@ def num_envs_fits_groups_and_batch(cfg: Config) -> None:
 
 
 def buffer_holds_a_batch(cfg: Config) -> None:
-    """In sync mode a smaller buffer would overwrite kept responses before they were trained on."""
+    """A smaller buffer would overwrite kept responses before any of them was trained on."""
     size, sizes = cfg.train.buffer_size, derive_sizes(cfg)
-    if cfg.train.sync and size is not None and size < sizes.max_kept_per_batch:
+    if size is not None and size < sizes.max_kept_per_batch:
         raise UserError(
             f"train.buffer_size ({size}) is too small: {sizes.turns_per_batch} turns / {cfg.env.repeats} repeats x "
             f"{cfg.train.topk_size} kept = {sizes.max_kept_per_batch} responses that a batch can keep. Raise it, or "
             "set train.buffer_size=null."
+        )
+
+
+def max_ahead_holds_a_batch(cfg: Config) -> None:
+    """Collection goes on by whole batches; a smaller limit would never let one begin."""
+    ahead, groups = cfg.train.max_ahead, derive_sizes(cfg).groups_per_batch
+    if not cfg.train.sync and ahead is not None and ahead < groups:
+        raise UserError(
+            f"train.max_ahead ({ahead}) is less than the {groups} groups of one batch, so none could be collected: "
+            f"set train.max_ahead={groups} or more, or lower train.dialog_turns_per_batch."
         )
 
 
@@ -186,6 +213,16 @@ def minor_sft_stands_alone(cfg: Config) -> None:
         raise UserError(
             f"train.kl_to_ref_coeff ({cfg.train.kl_to_ref_coeff}) has no effect with train.loss_function=minor_sft: "
             "set train.kl_to_ref_coeff=null (train.minor_sft_beta holds the policy back), or train.loss_function=sft."
+        )
+
+
+def kl_schedule_has_a_start(cfg: Config) -> None:
+    """What is not there cannot fall."""
+    if cfg.train.kl_to_ref_schedule.type is not KLScheduleType.constant and not cfg.train.kl_to_ref_coeff:
+        raise UserError(
+            f"train.kl_to_ref_schedule.type ({cfg.train.kl_to_ref_schedule.type}) has no effect with "
+            f"train.kl_to_ref_coeff={cfg.train.kl_to_ref_coeff}, at which it starts: set train.kl_to_ref_coeff above 0, "
+            "or train.kl_to_ref_schedule.type=constant."
         )
 
 
@@ -324,9 +361,11 @@ RULES: tuple[Rule, ...] = (
     batch_is_whole_groups,
     num_envs_fits_groups_and_batch,
     buffer_holds_a_batch,
+    max_ahead_holds_a_batch,
     sync_iter_belongs_to_sync,
     async_pushes_weights,
     minor_sft_stands_alone,
+    kl_schedule_has_a_start,
     mixed_precision_has_two_types,
     gradient_checkpointing_needs_train_mode,
     response_fits_context,
