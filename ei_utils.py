@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from ray.util.queue import Empty, Full
 
-from expert_iteration.actors import CollectorActor, ReferenceActor, ReferenceClient
-from expert_iteration.cluster import given, process_options, start_actor
+from expert_iteration import timeline
+from expert_iteration.actors import (
+    BackgroundCollector,
+    CollectorActor,
+    CollectorClient,
+    ReferenceActor,
+    ReferenceClient,
+)
+from expert_iteration.cluster import default_threads, given, process_options, start_actor
 from expert_iteration.config import Config, InferenceBackend
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
 from expert_iteration.models import load_model, load_tokenizer, model_path
-from expert_iteration.schedule import create_cosine_scheduler_with_warmup, make_scheduler
+from expert_iteration.remote import Waiting
+from expert_iteration.run_directory import log_file, timeline_file
+from expert_iteration.schedule import KLSchedule, create_cosine_scheduler_with_warmup, make_scheduler
 from expert_iteration.seeds import derive_seed
-from expert_iteration.sizes import derive_sizes
+from expert_iteration.sizes import batches_ahead, derive_sizes
 from expert_iteration.tasks import Task
 
 if TYPE_CHECKING:
@@ -39,12 +48,15 @@ if TYPE_CHECKING:
     from expert_iteration.evaluation import Evaluator
     from expert_iteration.learner import Learner, StepResult
     from expert_iteration.metrics import Metrics
+    from expert_iteration.replay_buffer import BufferReader
+    from expert_iteration.sampler import RewardPrioritizedSampler
     from expert_iteration.weight_update import WeightUpdater
 
 __all__ = [
     "RemoteDataLogger",
     "compute_device_allocation",
     "create_cosine_scheduler_with_warmup",
+    "get_collector_client",
     "get_hf_model",
     "get_inference_model",
     "get_ref_model",
@@ -56,6 +68,7 @@ __all__ = [
     "make_evaluator",
     "make_learner",
     "make_replay_buffer",
+    "make_sampler",
     "make_weight_updater",
     "start_collector",
 ]
@@ -132,7 +145,7 @@ def log_training_metrics(
     result: StepResult,
     batch: TensorDictBase,
     learner: Learner,
-    replay_buffer: Any,
+    replay_buffer: BufferReader,
     policy_version: int,
 ) -> None:
     """Hand one gradient step's figures to the metrics: loss terms, counters, versions and ages, the buffer.
@@ -188,31 +201,32 @@ def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
     return model
 
 
-def get_inference_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> EngineClient:
+def get_inference_model(cfg: Config, allocation: DeviceAllocation, run_dir: Path) -> EngineClient:
     """Start the engine with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
     actor = start_actor(
         ENGINES[cfg.inference_model.backend],
-        process_options(cfg.inference_model.num_threads, allocation["inference_model_devices"])
+        process_options(cfg.inference_model.num_threads or default_threads(cfg), allocation["inference_model_devices"])
         | {"concurrency_groups": CONCURRENCY_GROUPS},
         model_path(cfg),
         cfg.inference_model,
         seed=derive_seed(cfg.seed, "engine"),
-        log_path=str(log_dir / "engine.log"),
+        log_path=log_file(run_dir, "engine"),
+        timeline_path=timeline_file(run_dir, timeline.ENGINE),
     )
     return EngineClient(actor)
 
 
-def get_ref_model(cfg: Config, allocation: DeviceAllocation, log_dir: Path) -> ReferenceClient:
+def get_ref_model(cfg: Config, allocation: DeviceAllocation, run_dir: Path) -> ReferenceClient:
     """Start the frozen start model in an actor of its own; returns at once."""
     devices = allocation["ref_model_devices"]
     actor = start_actor(
         ReferenceActor,
-        process_options(cfg.ref_model.num_threads, devices),
+        process_options(cfg.ref_model.num_threads or default_threads(cfg), devices),
         model_path(cfg),
         cfg.ref_model,
         device="cuda" if devices else "cpu",
         micro_batch_size=cfg.env.num_envs,
-        log_path=str(log_dir / "reference.log"),
+        log_path=log_file(run_dir, "reference"),
     )
     return ReferenceClient(actor)
 
@@ -232,7 +246,7 @@ def make_env(cfg: Config, task: Task, tokenizer: Any) -> DatasetChatEnv:
 
 def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
     """The buffer's actor; `.client()` of it is what collector and trainer hold."""
-    from torchrl.data import LazyStackStorage, RayReplayBuffer, SamplerWithoutReplacement
+    from torchrl.data import LazyStackStorage, RayReplayBuffer
 
     from expert_iteration.replay_buffer import ExpertReplayBuffer
 
@@ -241,23 +255,56 @@ def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
         replay_buffer_cls=ExpertReplayBuffer,
         remote_config={"num_cpus": 0, "num_gpus": 0, **given(cfg.ray.replay_buffer_config)},
         storage=partial(LazyStackStorage, capacity),
-        sampler=SamplerWithoutReplacement,
+        sampler=make_sampler(cfg, capacity),
         batch_size=cfg.train.optim_batch_size,
         capacity=capacity,
         seed=derive_seed(cfg.seed, "buffer"),
     )
 
 
+def make_sampler(cfg: Config, capacity: int) -> Callable[[], RewardPrioritizedSampler]:
+    """What builds the buffer's sampler in its actor: passes in sync mode, draws with replacement in async mode."""
+    from expert_iteration.sampler import RewardPrioritizedPass, RewardPrioritizedSampler
+
+    train = cfg.train
+    alpha = train.prioritized_sampling_alpha if train.prioritized_sampling else 0.0
+    epsilon = train.prioritized_sampling_epsilon
+    if train.sync:
+        return partial(RewardPrioritizedPass, capacity, alpha=alpha, epsilon=epsilon)
+    beta = train.prioritized_sampling_beta
+    return partial(RewardPrioritizedSampler, capacity, alpha=alpha, epsilon=epsilon, beta=beta)
+
+
 def start_collector(
-    cfg: Config, task: Task, engine: EngineClient, reference: ReferenceClient, log_queue: Any, log_dir: Path
+    cfg: Config, task: Task, engine: EngineClient, reference: ReferenceClient, log_queue: Any, run_dir: Path
 ) -> Any:
     """Start the collector's actor; returns its handle at once."""
     return start_actor(
         CollectorActor,
         given(cfg.ray.collector_config),
         partial(make_collector, cfg, task, engine, reference, log_queue),
-        str(log_dir / "collector.log"),
+        log_file(run_dir, "collector"),
+        timeline_file(run_dir, timeline.COLLECTOR),
     )
+
+
+def get_collector_client(
+    cfg: Config, actor: Any, replay_buffer: Any, waiting: Waiting
+) -> CollectorClient | BackgroundCollector:
+    """The trainer's view of the collector: batch after batch, or in the background.
+
+    Args:
+        cfg: the `train` section.
+        actor: from `start_collector`.
+        replay_buffer: a client of the buffer, for the collector to write into.
+        waiting: how to wait for a batch.
+    """
+    num_batches = derive_sizes(cfg).num_batches
+    if cfg.train.sync:
+        # The engine generates the next batch while the learner trains on this one.
+        overlap = cfg.train.sync_iter is False
+        return CollectorClient(actor, replay_buffer, num_batches, overlap=overlap, waiting=waiting)
+    return BackgroundCollector(actor, replay_buffer, num_batches, batches_ahead=batches_ahead(cfg), waiting=waiting)
 
 
 def make_collector(
@@ -312,6 +359,7 @@ def make_learner(cfg: Config, policy_training: nn.Module, tokenizer: Any) -> Lea
         beta=cfg.train.minor_sft_beta,
     )
     optimizer = make_optimizer(policy_training, cfg.optimizer)
+    kl_start, kl_to_ref_schedule = cfg.train.kl_to_ref_coeff, cfg.train.kl_to_ref_schedule
     return Learner(
         policy_training,
         loss_fn,
@@ -322,6 +370,7 @@ def make_learner(cfg: Config, policy_training: nn.Module, tokenizer: Any) -> Lea
         autocast_dtype=autocast_dtype(cfg),
         max_bad_steps=cfg.train.max_bad_steps,
         eval_mode=cfg.train_model.eval,
+        kl_schedule=KLSchedule(kl_start, kl_to_ref_schedule.end, kl_to_ref_schedule.type) if kl_start else None,
     )
 
 

@@ -1,24 +1,87 @@
 """Asynchronous expert iteration: collect in the background, train on what the buffer holds, push weights now and then.
 
     python expert-iteration-async.py mode=async                         # GSM8K, three GPUs
+    python expert-iteration-async.py mode=async --config-name ei_tiny   # a tiny model, on a CPU
 
-The command line and the configuration are complete; the loop is not there yet, and a run is refused with the command
-that does the same work synchronously.
+Unlike the synchronous script, the engine generates while the policy is trained, so responses were made by a policy that
+is a few pushes old; and what is trained on is drawn from a buffer larger than a batch, higher rewards more often.
+
+Any key of `config/` may be overridden on the command line, e.g. `train.topk_size=8`; `--cfg job` shows what results.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from expert_iteration import cli
+from expert_iteration.cadence import is_due
 from expert_iteration.config import Config
-from expert_iteration.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from expert_iteration.actors import BackgroundCollector
+    from expert_iteration.checkpoint import Checkpointer
+    from expert_iteration.evaluation import Evaluator
+    from expert_iteration.learner import Learner, StepResult
+    from expert_iteration.metrics import Metrics
+    from expert_iteration.replay_buffer import BufferReader
+    from expert_iteration.weight_update import WeightUpdater
+
+
+def train(
+    cfg: Config,
+    collector: BackgroundCollector,
+    replay_buffer: BufferReader,
+    learner: Learner,
+    policy_training: nn.Module,
+    weight_updater: WeightUpdater,
+    evaluator: Evaluator,
+    checkpointer: Checkpointer,
+    metrics: Metrics,
+) -> None:
+    """The algorithm: what happens in which order. Its collaborators say how (`ei_utils.py` builds them)."""
+    # Here, where the training process has it loaded already: it takes seconds, which no command line should wait.
+    from ei_utils import log_training_metrics
+    from expert_iteration.pacing import paced_batches
+
+    pushed_at = 0
+
+    def push_weights() -> None:
+        nonlocal pushed_at
+        pushed_at = learner.optimizer_steps
+        metrics.log(weight_updater.push_weights(policy_training), learner.gradient_steps)
+        if is_due(weight_updater.pushes, cfg.eval.frequency):
+            metrics.samples(collector.latest.samples, learner.gradient_steps, "train")
+            evaluator.evaluate(learner.gradient_steps)
+
+    def after(result: StepResult) -> None:
+        if result.stepped and is_due(result.step, cfg.train.weight_update_frequency, result.since):
+            push_weights()
+        if result.stepped and is_due(result.step, cfg.train.checkpoint_frequency, result.since):
+            checkpointer.save()
+
+    evaluator.evaluate(learner.gradient_steps)
+    collector.start()  # Data collection goes on in the background
+    for batch in paced_batches(cfg, collector, replay_buffer, learner, metrics):  # Optimization loop
+        result = learner.step(batch)
+        log_training_metrics(metrics, result, batch, learner, replay_buffer, weight_updater.policy_version)
+        after(result)
+    if (last := learner.flush()).stepped:
+        metrics.training(last, optim_step=learner.optimizer_steps)
+        after(last)
+    if pushed_at < learner.optimizer_steps:
+        push_weights()
+    if weight_updater.pushes and not is_due(weight_updater.pushes, cfg.eval.frequency):
+        evaluator.evaluate(learner.gradient_steps)
 
 
 def main(cfg: Config, run_dir: Path) -> None:
-    """Refuses to run."""
-    raise UserError(
-        "Asynchronous training is not available in this version: use `python expert-iteration-sync.py mode=sync` with "
-        "the same overrides; train.sync_iter=false there generates the next batch while it trains."
-    )
+    """Runs `train` in the process that holds the training devices, with everything else around it."""
+    from expert_iteration.run import run
+
+    run(cfg, train, run_dir)
 
 
 if __name__ == "__main__":

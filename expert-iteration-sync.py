@@ -12,7 +12,7 @@ Any key of `config/` may be overridden on the command line, e.g. `train.topk_siz
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from expert_iteration import cli
 from expert_iteration.cadence import is_due
@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from expert_iteration.evaluation import Evaluator
     from expert_iteration.learner import Learner, StepResult
     from expert_iteration.metrics import Metrics
+    from expert_iteration.replay_buffer import BufferReader
     from expert_iteration.weight_update import WeightUpdater
 
 
 def train(
     cfg: Config,
     collector: CollectorClient,
-    replay_buffer: Any,
+    replay_buffer: BufferReader,
     learner: Learner,
     policy_training: nn.Module,
     weight_updater: WeightUpdater,

@@ -6,11 +6,16 @@ start at once, before the training process has loaded its own.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expert_iteration import timeline
 from expert_iteration.config import RefModelConfig
+from expert_iteration.remote import Waiting, get_from
 from expert_iteration.screen import redirect_output
 
 if TYPE_CHECKING:
@@ -38,10 +43,12 @@ class CollectorActor:
     Args:
         make_collector: builds it there; environments and selectors do not travel.
         log_path: where this process's output goes.
+        timeline_path: where it notes what it does when; None: nowhere.
     """
 
-    def __init__(self, make_collector: Callable[[], Any], log_path: str) -> None:
+    def __init__(self, make_collector: Callable[[], Any], log_path: str, timeline_path: str | None = None) -> None:
         redirect_output(log_path)
+        timeline.record_to(timeline_path)
         self._collector = make_collector()
 
     def collect(self) -> None:
@@ -52,36 +59,116 @@ class CollectorActor:
         """See `ExpertCollector.write`."""
         return self._collector.write(replay_buffer)
 
+    def collect_and_write(self, replay_buffer: Any) -> CollectedBatch:
+        """Both at once, for a trainer that does not mind rows that come while it trains."""
+        self.collect()
+        return self.write(replay_buffer)
+
 
 class CollectorClient:
-    """The trainer's view of the collector: iterating it yields each batch once its rows lie in the buffer.
+    """The synchronous trainer's view of the collector: iterating it yields each batch once its rows lie in the buffer.
 
     Args:
         actor: the `CollectorActor`.
         replay_buffer: a client of the buffer.
         num_batches: after which the iteration ends.
         overlap: gather the next batch while the caller works on the one just yielded (`train.sync_iter=false`).
+        waiting: how to wait for a batch.
     """
 
-    def __init__(self, actor: Any, replay_buffer: Any, num_batches: int, *, overlap: bool) -> None:
+    def __init__(self, actor: Any, replay_buffer: Any, num_batches: int, *, overlap: bool, waiting: Waiting) -> None:
         self._actor = actor
         self._replay_buffer = replay_buffer
         self._num_batches = num_batches
         self._overlap = overlap
+        self._waiting = waiting
 
     def __iter__(self) -> Iterator[CollectedBatch]:
-        import ray
-        from torchrl._utils import timeit
-
         for index in range(self._num_batches):
             if index == 0 or not self._overlap:
                 collected = self._actor.collect.remote()
-            with timeit("wait_for_data"):
-                ray.get(collected)
-            batch = ray.get(self._actor.write.remote(self._replay_buffer))
+            with _waiting_for_data():
+                self._waiting.wait(collected, since=time.monotonic())
+            get_from("collector", collected)
+            batch = get_from("collector", self._actor.write.remote(self._replay_buffer))
             if self._overlap and index + 1 < self._num_batches:
                 collected = self._actor.collect.remote()
             yield batch
+
+
+class BackgroundCollector:
+    """The asynchronous trainer's view of the collector, which gathers and writes batch after batch meanwhile.
+
+    Args:
+        actor: the `CollectorActor`.
+        replay_buffer: a client of the buffer.
+        num_batches: after which collection ends.
+        batches_ahead: so many batches may be collected beyond those that were worked off; None: any number.
+        waiting: how to wait for a batch.
+    """
+
+    # Calls that lie at the actor: one at work, and one so that it need not idle until the trainer looks again. Not all
+    # at once, because an actor that is to end first works off the calls it has.
+    QUEUED = 2
+
+    def __init__(
+        self, actor: Any, replay_buffer: Any, num_batches: int, *, batches_ahead: int | None, waiting: Waiting
+    ) -> None:
+        self._actor = actor
+        self._replay_buffer = replay_buffer
+        self._num_batches = num_batches
+        self._batches_ahead = num_batches if batches_ahead is None else batches_ahead
+        self._waiting = waiting
+        self._calls: deque[Any] = deque()
+        self._num_called = 0
+        self.latest: CollectedBatch | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every batch of the run has arrived."""
+        return self._num_called == self._num_batches and not self._calls
+
+    def start(self) -> None:
+        """Begin to collect."""
+        self._call(worked_off=0)
+
+    def arrived(self, worked_off: int) -> list[CollectedBatch]:
+        """The batches whose rows came to lie in the buffer since the last call. Does not wait.
+
+        Args:
+            worked_off: batches of which training has made all that it owes them; how far collection may go on.
+        """
+        import ray
+
+        batches = []
+        while self._calls and ray.wait([self._calls[0]], timeout=0)[0]:
+            self.latest = get_from("collector", self._calls.popleft())
+            batches.append(self.latest)
+        self._call(worked_off)
+        return batches
+
+    def wait(self, since: float) -> None:
+        """Return when another batch has arrived; see `Waiting.wait`."""
+        with _waiting_for_data():
+            self._waiting.wait(self._calls[0], since)
+
+    def say(self, text: str) -> None:
+        """Show a line to the user."""
+        self._waiting.say(text)
+
+    def _call(self, worked_off: int) -> None:
+        allowed = min(self._num_batches, worked_off + self._batches_ahead)
+        while self._num_called < allowed and len(self._calls) < self.QUEUED:
+            self._calls.append(self._actor.collect_and_write.remote(self._replay_buffer))
+            self._num_called += 1
+
+
+@contextmanager
+def _waiting_for_data() -> Iterator[None]:
+    from torchrl._utils import timeit
+
+    with timeit("wait_for_data"), timeline.span(timeline.WAITING_FOR_DATA):
+        yield
 
 
 class ReferenceActor:
@@ -118,6 +205,4 @@ class ReferenceClient:
 
     def score(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `ReferenceScorer.score`."""
-        import ray
-
-        return ray.get(self.actor.score.remote(rows))
+        return get_from("reference", self.actor.score.remote(rows))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,10 +39,13 @@ class Chart:
     curves: Mapping[str, str]
     over: str
     limits: tuple[float | None, float | None] = (None, None)
+    if_constant: bool = True  # whether it is worth its place when nothing in it changes
 
 
 ACCURACY = {"eval/pass@1": "pass@1 (sampled)", "eval/greedy": "greedy"}
 LOSSES = {"train/loss": "total", "train/loss_sft": "imitation (SFT)"}
+AGES = {"train/policy_age": "mean", "train/max_policy_age": "oldest"}
+KL_COEFFICIENT = {"train/kl_to_ref_coeff": "coefficient"}
 CHARTS = (
     Chart("Held-out accuracy", "share correct", ACCURACY, OVER_STEPS, (0.0, 1.0)),
     Chart("Reward of collected responses", "mean reward", {"collector/rewards/mean": "reward"}, OVER_BATCHES),
@@ -49,6 +53,8 @@ CHARTS = (
     Chart("Loss", "nats per token", LOSSES, OVER_STEPS),
     Chart("Response length", "mean tokens", {"collector/response_length/mean": "length"}, OVER_BATCHES, (0.0, None)),
     Chart("Kept responses per batch", "responses", {"selection/batch_kept": "kept"}, OVER_BATCHES, (0.0, None)),
+    Chart("Age of trained responses", "weight pushes", AGES, OVER_STEPS, (0.0, None)),
+    Chart("KL coefficient", "weight in the loss", KL_COEFFICIENT, OVER_STEPS, (0.0, None), if_constant=False),
 )
 
 
@@ -89,18 +95,16 @@ def collect_series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]
     return series
 
 
+def draw_all(series: Mapping[str, Sequence[Point]]) -> list[Figure]:
+    """The charts of a run, without those that only matter when something in them changes, and nothing does."""
+    return [draw(chart, series) for chart in CHARTS if chart.if_constant or _varies(chart, series)]
+
+
 def draw(chart: Chart, series: Mapping[str, Sequence[Point]]) -> Figure:
     """A chart as SVG that refers to nothing outside itself."""
-    import matplotlib
+    with open_canvas(height=2.6) as canvas:
+        from matplotlib.ticker import MaxNLocator
 
-    # Its first use on a machine would announce that it looks for fonts.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import MaxNLocator
-
-    # Not pyplot, which would choose a display and keep every figure.
-    with matplotlib.rc_context(CHART_STYLE):
-        canvas = Canvas(figsize=(4.6, 2.6), layout="constrained")
         axes = canvas.subplots()
         curves = []
         for index, (name, label) in enumerate(chart.curves.items()):
@@ -112,13 +116,40 @@ def draw(chart: Chart, series: Mapping[str, Sequence[Point]]) -> Figure:
         axes.set(xlabel=chart.over, ylabel=chart.unit)
         _set_limits(axes, chart.limits)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        return Figure(chart, curves, _to_svg(canvas))
+        return Figure(chart, curves, to_svg(canvas))
+
+
+@contextmanager
+def open_canvas(height: float) -> Iterator[Any]:
+    """A matplotlib figure as wide as all charts, `height` inches high, and meanwhile the charts' style."""
+    import matplotlib
+
+    # Its first use on a machine would announce that it looks for fonts.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
+    from matplotlib.figure import Figure as Canvas
+
+    # Not pyplot, which would choose a display and keep every figure.
+    with matplotlib.rc_context(CHART_STYLE):
+        yield Canvas(figsize=(4.6, height), layout="constrained")
+
+
+def to_svg(canvas: Any) -> str:
+    """The picture as an SVG element, to be called while the canvas is open."""
+    stream = io.StringIO()
+    # No metadata, which holds links and the date, and no prologue, which names a file on the web.
+    canvas.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = stream.getvalue()
+    return svg[svg.index("<svg") :]
 
 
 def thin(values: Sequence[float], size: int) -> list[float]:
     """The means of each `size` neighbours; the last may have fewer."""
     chunks = [values[start : start + size] for start in range(0, len(values), size)]
     return [sum(chunk) / len(chunk) for chunk in chunks]
+
+
+def _varies(chart: Chart, series: Mapping[str, Sequence[Point]]) -> bool:
+    return any(len({point.value for point in series.get(name, ())}) > 1 for name in chart.curves)
 
 
 def _plot(axes: Any, chart: Chart, points: Sequence[Point], index: int, label: str) -> Curve:
@@ -145,11 +176,3 @@ def _set_limits(axes: Any, limits: tuple[float | None, float | None]) -> None:
     axes.update_datalim([(axes.dataLim.x0, limit) for limit in limits if limit is not None])
     axes.autoscale_view()
     axes.set_ylim(*limits)
-
-
-def _to_svg(canvas: Any) -> str:
-    stream = io.StringIO()
-    # No metadata, which holds links and the date, and no prologue, which names a file on the web.
-    canvas.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = stream.getvalue()
-    return svg[svg.index("<svg") :]

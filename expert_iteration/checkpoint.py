@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from expert_iteration import timeline
 from expert_iteration.config import Config, to_plain_dict
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ class Checkpointer:
         }
         temporary = path.with_suffix(".tmp")
         try:
-            torch.save(_to_cpu(state, {}), temporary)
-            # Whoever sees the name sees a whole file.
-            os.replace(temporary, path)
+            with timeline.span(timeline.SAVING):
+                torch.save(_to_cpu(state, {}), temporary)
+                # Whoever sees the name sees a whole file.
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         self._last_step = step

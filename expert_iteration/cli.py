@@ -29,6 +29,7 @@ from expert_iteration.errors import UserError
 from expert_iteration.hub import check_model_available
 from expert_iteration.installation import check_installation
 from expert_iteration.resolve import resolve_config
+from expert_iteration.sweep import SweepTable, share_group
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
 DEFAULT_CONFIG = "ei_gsm8k"
@@ -51,17 +52,20 @@ def launch(main: Main, mode: str, arguments: Sequence[str]) -> int:
     prepare_hydra(mode)
     # Hydra then raises what it would print as several lines with a remark on this variable.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    failures: list[Exception] = []
+    table = SweepTable(_explain)
+    failed = False
 
     # Hydra names the job after the file of the function it finds behind __wrapped__: the script, not this module.
     @functools.wraps(main)
     def job(cfg: DictConfig) -> None:
+        nonlocal failed
         try:
-            _run_job(main, cfg, mode)
+            with table.row():
+                _run_job(main, cfg, mode)
         except Exception as error:
             # Not raised again: in a sweep Hydra would show the first failure only, at the end, and skip its callbacks.
             _print_failure(error)
-            failures.append(error)
+            failed = True
 
     try:
         sys.argv = [sys.argv[0], *prepare_arguments(arguments)]
@@ -72,7 +76,10 @@ def launch(main: Main, mode: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
-    return 1 if failures else 0
+    finally:
+        if table:
+            print(table.to_text())
+    return 1 if failed else 0
 
 
 def prepare_hydra(mode: str) -> None:
@@ -147,6 +154,7 @@ def _run_job(main: Main, cfg: DictConfig, mode: str) -> None:
     config = resolve_config(cfg, mode)
     check_devices(config)
     check_model_available(config.model.name)
+    share_group(config)
     for line in settings_without_effect(config, given_keys(HydraConfig.get().overrides.task)):
         print(line, file=sys.stderr)
     main(config, Path(HydraConfig.get().runtime.output_dir))
@@ -166,15 +174,18 @@ def _leaves(key: str, value: object) -> list[str]:
 
 def _print_failure(error: Exception) -> None:
     """A mistake that the user can mend in one line, anything else with its traceback."""
-    if isinstance(error, UserError):
-        # Ray raises an error of a task as an instance of its class whose text is the worker's traceback.
-        message = str(getattr(error, "cause", error))
-    elif isinstance(error, HydraException):
-        refused = error.__cause__ or error.__context__  # overrides, files
-        message = keys.explain_error(refused) if isinstance(refused, OmegaConfBaseException) else str(error)
-    elif isinstance(error, OmegaConfBaseException):
-        message = keys.explain_error(error)
+    if isinstance(error, UserError | HydraException | OmegaConfBaseException):
+        print(f"Error: {_explain(error)}", file=sys.stderr)
     else:
         traceback.print_exception(error)
-        return
-    print(f"Error: {message}", file=sys.stderr)
+
+
+def _explain(error: BaseException) -> str:
+    """What a line can say of an error."""
+    if isinstance(error, OmegaConfBaseException):
+        return keys.explain_error(error)
+    if isinstance(error, HydraException):
+        refused = error.__cause__ or error.__context__  # overrides, files
+        return keys.explain_error(refused) if isinstance(refused, OmegaConfBaseException) else str(error)
+    # Ray raises an error of a task as an instance of its class whose text is the worker's traceback.
+    return str(getattr(error, "cause", error))

@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from expert_iteration.config import Config
@@ -17,7 +19,58 @@ from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.errors import UserError
 
 EXIT_SECONDS = 1.0
+RELEASE_SECONDS = 10.0  # for the processes of a run to exit by themselves once Ray is down
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def ray_running(cfg: Config) -> Iterator[DeviceAllocation]:
+    """Ray for one run, as `start_ray`; on leaving, Ray and every process that was started meanwhile are gone.
+
+    The next job of a sweep then finds memory and accelerators free.
+    """
+    others = psutil.Process().children(recursive=True)
+    try:
+        yield start_ray(cfg)
+    finally:
+        shut_down_ray(others)
+
+
+def shut_down_ray(others: Collection[psutil.Process] = ()) -> None:
+    """Shut Ray down, and wait until this process's descendants have exited; what has not in time is killed.
+
+    Ray itself does not wait for its workers, and of what they have started it ends the children but not theirs.
+
+    Args:
+        others: descendants to leave alone.
+    """
+    # Noted before: whoever outlives its parent is no descendant any more.
+    processes = set(psutil.Process().children(recursive=True)) - set(others)
+    ray.shutdown()
+    left = _wait_for_exit(processes)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _wait_for_exit(left)
+
+
+def _wait_for_exit(processes: Collection[psutil.Process]) -> list[psutil.Process]:
+    """Those that are still there after a while."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while (left := [process for process in processes if _is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it may hold something: what has exited stays a zombie for ever where nobody collects orphans.
+
+    That is common in containers, and `psutil.wait_procs` would wait for it.
+    """
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start_ray(cfg: Config) -> DeviceAllocation:
@@ -93,13 +146,23 @@ def stop_actors(actors: Sequence[Any], timeout: float = 10.0) -> None:
     time.sleep(EXIT_SECONDS)
 
 
-def process_options(num_threads: int | None, devices: Sequence[int]) -> dict[str, Any]:
-    """What Ray gives a model's process: its accelerators, and its number of CPU threads, by default all cores.
+def default_threads(cfg: Config) -> int:
+    """CPU threads of a model's process where none are set: all cores, or half where engine and trainer work at once.
+
+    Threads of two models on the same cores wait for each other in the middle of their matrix products.
+    """
+    cores = os.cpu_count() or 1
+    take_turns = cfg.train.sync and cfg.train.sync_iter
+    return cores if take_turns else max(1, cores // 2)
+
+
+def process_options(num_threads: int, devices: Sequence[int]) -> dict[str, Any]:
+    """What Ray gives a model's process: its accelerators, and its number of CPU threads.
 
     The threads by a variable, because torch's own setting holds for one thread only and Ray runs an actor's methods in
     several. A process without accelerators is shown none: Ray hides them only from processes that ask for some.
     """
-    env_vars = {"OMP_NUM_THREADS": str(num_threads or os.cpu_count() or 1)}
+    env_vars = {"OMP_NUM_THREADS": str(num_threads)}
     if not devices:
         env_vars["CUDA_VISIBLE_DEVICES"] = ""
     return {"num_cpus": 0, "num_gpus": len(devices), "runtime_env": {"env_vars": env_vars}}

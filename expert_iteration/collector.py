@@ -14,6 +14,7 @@ from typing import Any
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.collectors.llm import LLMCollector
 
+from expert_iteration import timeline
 from expert_iteration.actors import CollectedBatch
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.selection import TopKRewardSelector
@@ -90,9 +91,11 @@ class ExpertCollector:
     def collect(self) -> None:
         """Gather the next batch and hold what is kept of it; nothing is written yet."""
         start = time.monotonic()
-        batch = next(self._batches)
-        selected = self._selector.select(batch)
-        kept = None if selected is None else self._retrieve_log_prob(_prune(selected))
+        with timeline.span(timeline.COLLECTING):
+            batch = next(self._batches)
+            selected = self._selector.select(batch)
+        with timeline.span(timeline.REFERENCE):
+            kept = None if selected is None else self._retrieve_log_prob(_prune(selected))
         self._turns += len(batch)
         summary = CollectedBatch(
             dialog_turns=self._turns,
@@ -118,7 +121,8 @@ class ExpertCollector:
         kept, summary = self._pending
         self._pending = None
         if kept is not None:
-            replay_buffer.extend(kept)
+            with timeline.span(timeline.WRITING):
+                replay_buffer.extend(kept)
         return summary
 
 

@@ -181,7 +181,7 @@ class TrainConfig:
     collection_timeout: float
     """Seconds that training may wait for responses before the run ends with an error."""
     total_optimizer_steps: int | None
-    """Async mode: optimizer steps of the run, shared out evenly over what is collected; null: as `train.epochs` says."""
+    """Async mode: optimizer steps of the run, shared out over what is collected; null: as `train.epochs` says."""
     deterministic: bool
     """Async mode: whether collecting and training alternate in a fixed order, so that a seed repeats a run."""
     optim_batch_size: int
@@ -220,7 +220,7 @@ class TrainModelConfig:
     eval: bool
     """Whether the policy is trained in evaluation mode, without dropout."""
     num_threads: int | None
-    """CPU threads of the training process; null: sized from the machine."""
+    """CPU threads of the training process; null: all cores, or half where the engine works at the same time."""
 
 
 @dataclass
@@ -250,7 +250,7 @@ class InferenceModelConfig:
     enable_prefix_caching: bool
     """Whether prompts that begin alike, as a group's do, share their cache."""
     num_threads: int | None
-    """CPU threads of the engine; null: sized from the machine."""
+    """CPU threads of the engine; null: as `train_model.num_threads`."""
     kv_cache_gib: int | None
     """Whole GiB of KV cache on a CPU; null: vLLM's own choice. On accelerators `gpu_memory_utilization` decides."""
 
@@ -266,7 +266,7 @@ class RefModelConfig:
     torch_dtype: Dtype
     """Type of the reference's weights."""
     num_threads: int | None
-    """CPU threads of the reference; null: sized from the machine."""
+    """CPU threads of the reference; null: as `train_model.num_threads`."""
 
 
 @dataclass

@@ -7,7 +7,15 @@ is noted here, as it may be meant for another command line.
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from expert_iteration.config import Config, Device, LoggingBackend, LoggingMode, LossFunction, OptimizerName
+from expert_iteration.config import (
+    Config,
+    Device,
+    KLScheduleType,
+    LoggingBackend,
+    LoggingMode,
+    LossFunction,
+    OptimizerName,
+)
 from expert_iteration.config import SchedulerType as Shape
 from expert_iteration.devices import count_accelerators
 from expert_iteration.hub import BUILT_IN
@@ -52,16 +60,78 @@ def _is_emptied_buffer(cfg: Config) -> bool:
     return cfg.train.sync and cfg.train.empty_replay_buffer and cfg.train.buffer_size is not None
 
 
+def _never_ages(cfg: Config) -> bool:
+    """Whether every response that is trained on was made by the weights last pushed; in sync mode only."""
+    train = cfg.train
+    return train.empty_replay_buffer and train.sync_iter is True and train.weight_update_frequency is None
+
+
 def _rows_of(keys: tuple[str, ...], holds: Callable[[Config], bool], reason: str) -> list[Idle]:
     return [Idle(key, holds, reason) for key in keys]
 
 
+PRIORITY_KEYS = tuple(f"train.prioritized_sampling_{name}" for name in ("alpha", "beta", "epsilon"))
 SCHEDULER_KEYS = tuple(f"optimizer.scheduler.{name}" for name in ("type", "warmup_steps", "num_cycles"))
 WANDB_KEYS = tuple(f"logging.{name}" for name in ("project", "entity", "group", "tags", "experiment_name"))
 TINY_KEYS = ("tiny.model_seed", "tiny.cache_dir")
 
 # Without logging.mode, which is refused beside logging.backend=none unless it is null.
 TABLE: tuple[Idle, ...] = (
+    Idle(
+        "train.total_optimizer_steps",
+        lambda cfg: cfg.train.sync and cfg.train.total_optimizer_steps is not None,
+        "in sync mode train.epochs and what each batch keeps give the steps.",
+    ),
+    Idle(
+        "train.max_ahead",
+        lambda cfg: cfg.train.sync and cfg.train.max_ahead is not None,
+        "in sync mode train.sync_iter says how far collection may be ahead.",
+    ),
+    Idle(
+        "train.max_ahead",
+        lambda cfg: cfg.train.deterministic and cfg.train.max_ahead is not None,
+        "train.deterministic=true collects one batch at a time.",
+    ),
+    Idle(
+        "train.deterministic",
+        lambda cfg: cfg.train.sync,
+        "the synchronous script alternates anyway, with train.sync_iter=true.",
+    ),
+    Idle(
+        "train.epochs",
+        lambda cfg: not cfg.train.sync and cfg.train.total_optimizer_steps is not None,
+        "train.total_optimizer_steps, which is set, gives the steps.",
+    ),
+    Idle(
+        "train.empty_replay_buffer",
+        lambda cfg: not cfg.train.sync,
+        "in async mode the buffer is a ring: new responses take the places of the oldest.",
+    ),
+    Idle(
+        "train.max_policy_age",
+        lambda cfg: cfg.train.max_policy_age is not None and _never_ages(cfg),
+        "all that is trained on was made by the weights last pushed.",
+    ),
+    *_rows_of(
+        PRIORITY_KEYS,
+        lambda cfg: not cfg.train.prioritized_sampling,
+        "train.prioritized_sampling=false draws evenly.",
+    ),
+    *_rows_of(
+        PRIORITY_KEYS[1:],
+        lambda cfg: cfg.train.prioritized_sampling_alpha == 0,
+        "train.prioritized_sampling_alpha=0 draws evenly.",
+    ),
+    Idle(
+        "train.prioritized_sampling_beta",
+        lambda cfg: cfg.train.sync,
+        "in sync mode each pass draws every response once, so there is no preference to undo.",
+    ),
+    Idle(
+        "train.kl_to_ref_schedule.end",
+        lambda cfg: cfg.train.kl_to_ref_schedule.type is KLScheduleType.constant,
+        "train.kl_to_ref_schedule.type=constant stays at train.kl_to_ref_coeff.",
+    ),
     Idle(
         "train_model.torch_dtype",
         lambda cfg: not cfg.train.mixed_precision,

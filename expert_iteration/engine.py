@@ -3,6 +3,9 @@
 `VLLMEngine` is a plain class (tests build it without Ray); a run puts it in a Ray actor and everyone else holds an
 `EngineClient`. One gate serializes generation, scoring and weight updates: vLLM raises when a generation meets the
 meta tensors of a half-finished update, and a response must not mix two sets of weights.
+
+New weights are *offered*: whoever offers them does not wait for a generation in flight. They are loaded at once when
+the engine is idle, else before the next generation begins; the newest offer takes the place of one that still waits.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from expert_iteration import timeline
 from expert_iteration.config import InferenceModelConfig
 from expert_iteration.models import end_of_turn_id, load_tokenizer
+from expert_iteration.remote import get_from
 from expert_iteration.screen import redirect_output
 
 HEALTH_GROUP = "health"
 WEIGHTS_GROUP = "weights"
-# Health answers while a generation runs, and a weight update queues at the gate instead of behind queued generations.
+# Both answer while a generation runs: an actor's other calls queue behind it.
+HEALTH_SECONDS = 10.0
 CONCURRENCY_GROUPS = {HEALTH_GROUP: 1, WEIGHTS_GROUP: 1}
 
 
@@ -42,6 +48,31 @@ class Completion(NamedTuple):
     policy_version: int
 
 
+class WeightOffer(NamedTuple):
+    """A set of weights that the engine is to load."""
+
+    update_info: dict[str, Any]  # of vLLM's weight-transfer API; the file at "path" is the engine's to remove
+    version: int
+    probe: list[list[int]] | None  # sequences to score with these weights; None: none
+    offered_at: float  # time.monotonic()
+
+
+class AppliedUpdate(NamedTuple):
+    """What became of a weight offer that was loaded."""
+
+    version: int
+    wait_seconds: float  # from the offer until the generation in flight was over
+    load_seconds: float
+    probe_scores: list[list[float]] | None  # log-probs of the offer's probe under the new weights
+
+
+class OfferReport(NamedTuple):
+    """What an engine answers to a weight offer."""
+
+    applied: list[AppliedUpdate]  # offers loaded since the last report, oldest first
+    superseded: int  # offers so far whose place a newer one took before they were loaded
+
+
 class VLLMEngine:
     """vLLM in this process, behind the small interface every engine has.
 
@@ -50,6 +81,7 @@ class VLLMEngine:
         config: the `inference_model` section.
         seed: vLLM's own seed.
         log_path: where this process's output goes; None leaves it where it is.
+        timeline_path: where it notes what it does when; None: nowhere.
 
     Generation stops at the chat template's end-of-turn token, which stays in the response.
     """
@@ -61,9 +93,11 @@ class VLLMEngine:
         *,
         seed: int = 0,
         log_path: str | None = None,
+        timeline_path: str | None = None,
     ) -> None:
         if log_path is not None:
             redirect_output(log_path)
+        timeline.record_to(timeline_path)
         _set_environment(config)
         from vllm import LLM
 
@@ -71,6 +105,10 @@ class VLLMEngine:
 
         self._stop_token_ids = [end_of_turn_id(load_tokenizer(model_path))]
         self._gate = threading.Lock()
+        self._offer_lock = threading.Lock()
+        self._offer: WeightOffer | None = None
+        self._applied: list[AppliedUpdate] = []
+        self._superseded = 0
         self._version = 0
         self._busy_since: float | None = None
         self._llm = LLM(
@@ -103,14 +141,16 @@ class VLLMEngine:
         import torch
 
         with self._gate:
+            self._apply_offer()
+            if seed is not None:
+                # vLLM's sampler draws from torch's generator on a CPU; on GPUs it draws its requests' seeds from
+                # NumPy's. Seeds of single requests would be slower there, and are refused on a CPU.
+                torch.manual_seed(seed)
+                numpy.random.seed(seed)
             self._busy_since = time.monotonic()
             try:
-                if seed is not None:
-                    # vLLM's sampler draws from torch's generator on a CPU; on GPUs it draws its requests' seeds from
-                    # NumPy's. Seeds of single requests would be slower there, and are refused on a CPU.
-                    torch.manual_seed(seed)
-                    numpy.random.seed(seed)
-                return self._llm.generate(prompts, sampling_params, **kwargs)
+                with timeline.span(timeline.GENERATING):
+                    return self._llm.generate(prompts, sampling_params, **kwargs)
             finally:
                 self._busy_since = None
 
@@ -143,35 +183,69 @@ class VLLMEngine:
 
     def token_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-prob of every token of each sequence given its predecessors; the first token gets 0 (it has none)."""
+        with self._gate:
+            self._apply_offer()
+            return self._score(sequences)
+
+    def _score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """`token_log_probs` with the gate held already."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
         # vLLM cannot score without generating: one token is made and dropped.
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        outputs = self.generate([TokensPrompt(prompt_token_ids=list(ids)) for ids in sequences], params)
+        prompts = [TokensPrompt(prompt_token_ids=list(ids)) for ids in sequences]
+        outputs: list[Any] = self._llm.generate(prompts, params, use_tqdm=False)
         return [
             [0.0] + [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
             for ids, output in zip(sequences, outputs, strict=True)
         ]
 
-    def load_weights(self, update_info: dict[str, Any], version: int) -> dict[str, float]:
-        """Replace the weights through vLLM's weight-transfer API and label later responses with `version`.
+    def offer_weights(
+        self, update_info: dict[str, Any], version: int, probe: list[list[int]] | None = None
+    ) -> OfferReport:
+        """Take new weights, to be loaded through vLLM's weight-transfer API before anything else is generated.
 
-        Waits for the generation in flight and admits none until the update is finished.
+        Does not wait for the generation in flight; an idle engine loads them before it returns.
 
-        Returns:
-            `wait_seconds` (at the gate) and `load_seconds`.
+        Args:
+            update_info: for vLLM; the file at "path" is removed once it is loaded or superseded.
+            version: labels what the weights generate.
+            probe: sequences that are scored with exactly these weights, if they are ever loaded.
         """
+        with self._offer_lock:
+            superseded, self._offer = self._offer, WeightOffer(update_info, version, probe, time.monotonic())
+            if superseded is not None:
+                self._superseded += 1
+                os.unlink(superseded.update_info["path"])
+        if self._gate.acquire(blocking=False):
+            try:
+                self._apply_offer()
+            finally:
+                self._gate.release()
+        with self._offer_lock:
+            applied, self._applied = self._applied, []
+            return OfferReport(applied, self._superseded)
+
+    def _apply_offer(self) -> None:
+        """Load the weights that wait, if any do; called with the gate held."""
+        with self._offer_lock:
+            offer, self._offer = self._offer, None
+        if offer is None:
+            return
         start = time.monotonic()
-        with self._gate:
-            admitted = time.monotonic()
+        with timeline.span(timeline.LOADING_WEIGHTS):
             self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": update_info})
-            self._llm.finish_weight_update(str(version))
+            self._llm.update_weights({"update_info": offer.update_info})
+            self._llm.finish_weight_update(str(offer.version))
+            os.unlink(offer.update_info["path"])
             # Cached prefixes hold keys and values of the old weights.
             self._llm.reset_prefix_cache()
-            self._version = version
-        return {"wait_seconds": admitted - start, "load_seconds": time.monotonic() - admitted}
+            self._version = offer.version
+            loaded = time.monotonic()
+            scores = None if offer.probe is None else self._score(offer.probe)
+        with self._offer_lock:
+            self._applied.append(AppliedUpdate(offer.version, start - offer.offered_at, loaded - start, scores))
 
     def version(self) -> int:
         """The version of the weights now in use."""
@@ -222,37 +296,47 @@ class EngineClient:
         """See `VLLMEngine.token_log_probs`."""
         return self._get(self.actor.token_log_probs.remote(sequences))
 
-    def load_weights(self, update_info: dict[str, Any], version: int, timeout: float) -> dict[str, float]:
-        """See `VLLMEngine.load_weights`.
+    def offer_weights(
+        self, update_info: dict[str, Any], version: int, probe: list[list[int]] | None, timeout: float
+    ) -> OfferReport:
+        """See `VLLMEngine.offer_weights`.
 
         Raises:
-            TimeoutError: the engine did not take the weights within `timeout` seconds.
+            TimeoutError: the engine did not answer within `timeout` seconds, which an idle one has for loading.
         """
         from ray.exceptions import GetTimeoutError
 
-        reference = self.actor.load_weights.options(concurrency_group=WEIGHTS_GROUP).remote(update_info, version)
+        offer = self.actor.offer_weights.options(concurrency_group=WEIGHTS_GROUP)
         try:
-            return self._get(reference, timeout)
+            return self._get(offer.remote(update_info, version, probe), timeout)
         except GetTimeoutError as error:
-            busy = self.health()["busy_seconds"]
             raise TimeoutError(
-                f"The engine did not take weights version {version} within weight_update.timeout={timeout:g} s; its "
-                f"current generation has run for {busy:.0f} s. Raise weight_update.timeout or lower env.num_envs or "
-                "inference_model.max_tokens."
+                f"The engine did not load weights version {version} within weight_update.timeout={timeout:g} s "
+                "(logs/engine.log). Raise weight_update.timeout if it is only slow."
             ) from error
 
     def version(self) -> int:
         """See `VLLMEngine.version`."""
         return self._get(self.actor.version.options(concurrency_group=HEALTH_GROUP).remote())
 
-    def health(self) -> dict[str, float | int]:
+    def health(self, timeout: float | None = None) -> dict[str, float | int]:
         """See `VLLMEngine.health`; answers also while a generation runs."""
-        return self._get(self.actor.health.options(concurrency_group=HEALTH_GROUP).remote())
+        return self._get(self.actor.health.options(concurrency_group=HEALTH_GROUP).remote(), timeout)
+
+    def describe(self) -> str:
+        """What the engine does at this moment, in a few words for people."""
+        from ray.exceptions import GetTimeoutError
+
+        try:
+            busy = self.health(HEALTH_SECONDS)["busy_seconds"]
+        except GetTimeoutError:
+            return f"the engine did not answer within {HEALTH_SECONDS:g} s (logs/engine.log)"
+        if busy:
+            return f"the engine has been generating for {busy:.0f} s (logs/engine.log)"
+        return "the engine is idle; rewards or the reference are at work (logs/collector.log)"
 
     def _get(self, reference: Any, timeout: float | None = None) -> Any:
-        import ray
-
-        return ray.get(reference, timeout=timeout)
+        return get_from("engine", reference, timeout)
 
 
 def _completion(output: Any) -> Completion:

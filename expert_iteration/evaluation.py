@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torchrl._utils import timeit
 
+from expert_iteration import timeline
 from expert_iteration.engine import Completion, Sampling
 from expert_iteration.models import chat_prompt_ids
 from expert_iteration.seeds import derive_seed
@@ -66,7 +67,7 @@ class Evaluator:
             (mean of the sampled), `pass@k` (share of problems with a correct sampled response), `k`, `num_prompts`,
             `response_length` (mean, tokens).
         """
-        with timeit("evaluation"):
+        with timeit("evaluation"), timeline.span(timeline.EVALUATING):
             figures, samples = self._measure()
         self._metrics.log({f"eval/{name}": value for name, value in figures.items()}, step)
         self._metrics.samples(samples, step, "heldout")

@@ -19,16 +19,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl._utils import timeit
 
-from expert_iteration import schedule
+from expert_iteration import schedule, timeline
 from expert_iteration.errors import UserError
-from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY
+from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY, SFTLoss
 
 
 class StepResult(dict[str, float]):
     """Metrics of one gradient step by name, and where it stands.
 
     Metrics: loss, loss_sft, loss_kl_to_ref and kl_to_ref (where there are such), reward and response_length (means over
-    the micro-batch, length in tokens), learning_rate; and grad_norm (before clipping) where a window ended.
+    the micro-batch, length in tokens), learning_rate and kl_to_ref_coeff (where a schedule sets it); and grad_norm
+    (before clipping) where a window ended.
 
     Attributes:
         stepped: whether the weights changed: an optimizer step happened and was not skipped as bad.
@@ -63,6 +64,8 @@ class Learner:
         autocast_dtype: of the forward pass; None: no autocast. float16 adds a gradient scaler.
         max_bad_steps: bad steps in a row that end the run.
         eval_mode: leave the model in eval mode (no dropout, and Hugging Face then does no gradient checkpointing).
+        kl_schedule: sets `loss_fn.kl_to_ref_coeff` for each window, by the scheduler's progress when it opens; None:
+            it stays as it is, and out of the metrics.
 
     Raises:
         UserError: a trainable parameter is not float32 (or float64).
@@ -79,7 +82,7 @@ class Learner:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: nn.Module,
+        loss_fn: SFTLoss,
         optimizer: Optimizer,
         scheduler: LambdaLR,
         *,
@@ -88,12 +91,14 @@ class Learner:
         autocast_dtype: torch.dtype | None,
         max_bad_steps: int,
         eval_mode: bool = False,
+        kl_schedule: schedule.KLSchedule | None = None,
     ):
         self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.clip_grad_norm = clip_grad_norm
         self.max_bad_steps = max_bad_steps
         self.eval_mode = eval_mode
+        self.kl_schedule = kl_schedule
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         _check_master_weights(model)
         self.device = self._parameters[0].device
@@ -118,6 +123,8 @@ class Learner:
 
     def _step(self, batch: TensorDictBase) -> StepResult:
         self.model.train(not self.eval_mode)
+        if not self._window_steps:
+            self._set_kl_to_ref_coeff()
         values = self._backward(batch)
         window_is_full = self._window_steps == self.gradient_accumulation_steps
         if window_is_full:
@@ -130,7 +137,7 @@ class Learner:
         """The optimizer step of a window that is not full; nothing happens when it is empty.
 
         Returns:
-            learning_rate and, if there was a window, grad_norm.
+            learning_rate, kl_to_ref_coeff (where a schedule sets it) and, if there was a window, grad_norm.
 
         Raises:
             RuntimeError: as `step`.
@@ -143,7 +150,7 @@ class Learner:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         start = time.monotonic()
-        with timeit("training"):
+        with timeit("training"), timeline.span(timeline.TRAINING):
             yield
         self.seconds += time.monotonic() - start
 
@@ -182,6 +189,11 @@ class Learner:
         self.scheduler.load_state_dict(state["scheduler_state_dict"])
         self.scaler.load_state_dict(state["scaler_state_dict"])
         self._clear_window()
+
+    def _set_kl_to_ref_coeff(self) -> None:
+        """Once a window, for its micro-batches make one step: a plan that comes in between counts from the next on."""
+        if self.kl_schedule is not None:
+            self.loss_fn.kl_to_ref_coeff = self.kl_schedule(schedule.progress(self.scheduler))
 
     def _backward(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
         """Add the gradients of the batch's summed loss; returns its metrics as tensors, still on the device."""
@@ -266,6 +278,8 @@ class Learner:
         since = self.last_step_at if since is None else since
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         metrics = {**metrics, "learning_rate": learning_rate}
+        if self.kl_schedule is not None:
+            metrics["kl_to_ref_coeff"] = self.loss_fn.kl_to_ref_coeff
         return StepResult(metrics, stepped=stepped, step=self.gradient_steps, since=since)
 
 

@@ -19,6 +19,7 @@ from torchrl.objectives.llm.sft import SFTLossOutput, minor_sft_loss, sft_loss
 
 from expert_iteration.errors import UserError
 from expert_iteration.log_probs import pad_rows, token_log_probs
+from expert_iteration.sampler import IMPORTANCE_WEIGHT_KEY
 
 TOKENS_KEY = ("tokens", "full")
 RESPONSE_MASK_KEY = ("masks", "all_assistant_mask")
@@ -86,6 +87,9 @@ class SFTLoss(TorchRLSFTLoss):
     `loss_function="minor_sft"` is 2/beta times TorchRL's MinorSFT (Xie et al., 2024, arXiv:2408.10642): its gradient
     at the reference is that of `sft`, so a learning rate means the same for both.
 
+    Where the batch has "importance_weight" [B], which prioritized sampling gives it, both terms of a response are
+    multiplied by its weight before the reduction, whose mean still divides by B. `kl_to_ref` is not weighted.
+
     Trained are the ids of the batch. A batch without ids but with TorchRL's ("history", "full") is templated and
     tokenized with `tokenizer_kwargs`, which have no other use.
 
@@ -119,6 +123,7 @@ class SFTLoss(TorchRLSFTLoss):
     class _AcceptedKeys(TorchRLSFTLoss._AcceptedKeys):
         tokens: NestedKey = TOKENS_KEY
         response_mask: NestedKey = RESPONSE_MASK_KEY
+        importance_weight: NestedKey = IMPORTANCE_WEIGHT_KEY
 
     default_keys = _AcceptedKeys
 
@@ -166,29 +171,36 @@ class SFTLoss(TorchRLSFTLoss):
         """Loss of a batch of B rows; see the class for its keys and terms."""
         batch = self._pad(tensordict)
         log_probs = token_log_probs(self.model, batch.input_ids, batch.attention_mask)
+        weights = self._importance_weights(tensordict, log_probs.device)
         kl = loss_kl = None
         if batch.ref_log_probs is not None:
-            kl = self._reduce(self._kl_per_response(log_probs, batch.ref_log_probs, batch.response_mask))
+            kl = self._kl_per_response(log_probs, batch.ref_log_probs, batch.response_mask)
         elif self.kl_to_ref_coeff or self.loss_function == "minor_sft":
             raise ValueError(
                 f"The batch has no {self.tensor_keys.ref_log_prob}, which {self.loss_function=} with "
                 f"{self.kl_to_ref_coeff=} needs: score the kept responses with RetrieveLogProb before they are written."
             )
-        if self.kl_to_ref_coeff:
-            loss_kl = self.kl_to_ref_coeff * kl
+        if self.kl_to_ref_coeff and kl is not None:
+            loss_kl = self.kl_to_ref_coeff * self._reduce(weights * kl)
         return SFTLossOutput(
-            loss_sft=self._imitation_loss(log_probs, batch),
+            loss_sft=self._reduce(weights * self._imitation_loss(log_probs, batch)),
             loss_kl_to_ref=loss_kl,
-            kl_to_ref=None if kl is None else kl.detach(),
+            kl_to_ref=None if kl is None else self._reduce(kl.detach()),
         )
 
+    def _importance_weights(self, tensordict: TensorDictBase, device: torch.device) -> torch.Tensor:
+        """Float32 [B] of the batch, or [] of 1 where it has none."""
+        weights = tensordict.get(self.tensor_keys.importance_weight, None)
+        return torch.ones((), device=device) if weights is None else weights.to(device)
+
     def _imitation_loss(self, log_probs: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
+        """SFT's or MinorSFT's loss of each response, [B]."""
         responses = self._per_response(log_probs, batch.response_mask)
         if self.loss_function == "sft":
-            return sft_loss(responses, self.reduction)
+            return sft_loss(responses, "none")
         assert batch.ref_log_probs is not None  # forward has refused such a batch
         ref_responses = self._per_response(batch.ref_log_probs, batch.response_mask)
-        return 2 / self.beta * minor_sft_loss(responses, ref_responses, self.beta, self.reduction)
+        return 2 / self.beta * minor_sft_loss(responses, ref_responses, self.beta, "none")
 
     def _kl_per_response(self, log_probs: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         # Masked before exp: at a prompt token (ref = 0) exp overflows from a log-prob of -89 on, and the zero gradient

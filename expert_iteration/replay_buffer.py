@@ -1,54 +1,173 @@
-"""The buffer of expert responses: TorchRL's replay buffer, with statistics of constant size."""
+"""The buffer of expert responses: TorchRL's replay buffer, with rewards and ages known beside the rows.
+
+What draws is in `sampler.py`; `BufferReader` is what the trainer holds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.data import ReplayBuffer
+
+from expert_iteration.sampler import IMPORTANCE_WEIGHT_KEY
 
 
 class ExpertReplayBuffer(ReplayBuffer):
-    """A replay buffer that repeats for a seed, can be iterated when empty, and describes itself in a few numbers.
+    """A replay buffer that repeats for a seed, drops what is too old, and describes itself in a few numbers.
+
+    A row is *live*, which is to say that it can be drawn, until it is overwritten or evicted; the buffer's length and
+    statistics are of live rows. Storage is a ring: when it is full, new rows take the places of the oldest. For one
+    caller at a time, as its actor has it.
 
     Args:
-        capacity: of the storage, in rows.
+        capacity: of storage and sampler, in rows.
         seed: of the order in which rows are drawn.
-        **kwargs: TorchRL's `ReplayBuffer` keywords.
+        **kwargs: TorchRL's `ReplayBuffer` keywords. `sampler` is one of `sampler.py`, or builds one; the storage holds
+            rows with ("next", "reward") of one element, ("tokens", "response") and an integer "policy_version".
     """
 
     def __init__(self, *, capacity: int, seed: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.set_rng(torch.Generator().manual_seed(seed))
-        # Beside the rows, so that a statistic never unpickles or stacks the ragged storage.
-        self._rewards = torch.zeros(capacity)
+        # Beside the rows, so that no statistic unpickles or stacks the ragged storage. Rewards are the sampler's.
         self._lengths = torch.zeros(capacity)
+        self._policy_versions = torch.zeros(capacity, dtype=torch.int64)
+        self._dropped_too_old = 0
+
+    def __len__(self) -> int:
+        """Live rows."""
+        return self._sampler.num_live
 
     def extend(self, data: TensorDictBase, **kwargs: Any) -> torch.Tensor:
-        """Write rows; returns where they were written."""
+        """Write rows; returns where they were written.
+
+        Raises:
+            ValueError: a reward is not finite.
+        """
         index = super().extend(data, **kwargs)
-        for slot, row in zip(index.tolist(), data.unbind(0), strict=True):
-            self._rewards[slot] = row["next", "reward"].item()
-            self._lengths[slot] = len(row["tokens", "response"])
+        # Of more rows than there are slots the last ones stay, and an index that names a slot twice writes either.
+        slots, rows = index[-len(self._lengths) :], data.unbind(0)[-len(self._lengths) :]
+        self._lengths[slots] = torch.tensor([float(len(row["tokens", "response"])) for row in rows])
+        self._policy_versions[slots] = torch.tensor([row["policy_version"].item() for row in rows])
+        rewards = [row["next", "reward"].item() for row in rows]
+        self._sampler.write(slots, torch.tensor(rewards, dtype=torch.float64))
         return index
 
+    def add(self, data: TensorDictBase) -> int:
+        """Write one row; returns where it was written."""
+        return int(self.extend(lazy_stack([data])))
+
+    def draw(self, min_version: int) -> TensorDictBase | None:
+        """One micro-batch of responses, after evicting those of a policy version below `min_version`.
+
+        Rows have "importance_weight", float32 [], where the sampler gives weights.
+
+        Returns:
+            `batch_size` rows; None where no row is live.
+        """
+        self.evict_older_than(min_version)
+        if not len(self):
+            return None
+        batch, info = self.sample(return_info=True)
+        if IMPORTANCE_WEIGHT_KEY in info:
+            # The rows are the storage's own, and one that was drawn twice is there twice.
+            batch = batch.copy()
+            batch[IMPORTANCE_WEIGHT_KEY] = info[IMPORTANCE_WEIGHT_KEY]
+        return batch
+
+    def evict_older_than(self, version: int) -> int:
+        """Never draw responses of an older policy version again; returns how many there were."""
+        old = (self._sampler.live & (self._policy_versions < version)).nonzero()[:, 0]
+        self._sampler.drop(old)
+        self._dropped_too_old += len(old)
+        return len(old)
+
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """One pass over all rows; over none when the buffer is empty, where TorchRL's raises."""
+        """One pass over all live rows, where the sampler makes passes; over none when there are none."""
         if len(self):
             yield from super().__iter__()
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Forget all rows, and with them the pass that a client may be in the middle of."""
+        """Forget all rows, with them the pass that a client may be in the middle of, and the counts if asked."""
         super().empty(empty_write_count=empty_write_count)
         self._iterator = None
+        if empty_write_count:
+            self._dropped_too_old = 0
 
     def statistics(self) -> dict[str, float]:
-        """Mean reward and response length (tokens) of what is stored, its size, and all rows ever written."""
+        """Number, mean reward and mean response length (tokens) of live rows; all rows ever written and dropped."""
+        live = self._sampler.live
         size = len(self)
-        figures = {"buffer/size": float(size), "buffer/write_count": float(self.write_count)}
+        figures = {
+            "buffer/size": float(size),
+            "buffer/write_count": float(self.write_count),
+            "buffer/dropped_too_old": float(self._dropped_too_old),
+        }
         if size:
-            figures["buffer/reward"] = self._rewards[:size].mean().item()
-            figures["buffer/response_length"] = self._lengths[:size].mean().item()
+            figures["buffer/reward"] = self._sampler.rewards[live].mean().item()
+            figures["buffer/response_length"] = self._lengths[live].mean().item()
         return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rows, what is known of them, random state and the pass under way, in types that `torch.load` trusts."""
+        return super().state_dict() | {
+            # TorchRL's own state of a row loses its texts: they come back as empty tensordicts.
+            "_storage": [self._storage.get(slot).to_dict() for slot in range(len(self._storage))],
+            "_lengths": self._lengths.clone(),
+            "_policy_versions": self._policy_versions.clone(),
+            "_dropped_too_old": self._dropped_too_old,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict` of a buffer of the same capacity and sampler: the same rows are drawn next."""
+        super().load_state_dict(state_dict | {"_storage": {"_storage": []}})
+        for slot, row in enumerate(state_dict["_storage"]):
+            self._storage.set(slot, TensorDict(row))
+        self._lengths.copy_(state_dict["_lengths"])
+        self._policy_versions.copy_(state_dict["_policy_versions"])
+        self._dropped_too_old = state_dict["_dropped_too_old"]
+        self._iterator = None
+
+
+class BufferReader:
+    """The trainer's view of the buffer, which never shows it a response that is too old.
+
+    Args:
+        client: an `ExpertReplayBuffer`, or TorchRL's client of one in an actor.
+        max_policy_age: responses made more than so many weight pushes ago are evicted before they are seen; None: none.
+        policy_version: the version of the weights last pushed.
+    """
+
+    def __init__(self, client: Any, *, max_policy_age: int | None, policy_version: Callable[[], int]) -> None:
+        self._client, self._max_policy_age, self._policy_version = client, max_policy_age, policy_version
+
+    def sample(self) -> TensorDictBase | None:
+        """One micro-batch, in one call of the client; None where there is nothing to draw."""
+        return self._client.draw(self._min_version())
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """One pass over what is not too old when it begins."""
+        self._evict()
+        yield from self._client
+
+    def __len__(self) -> int:
+        """Responses that are not too old."""
+        self._evict()
+        return len(self._client)
+
+    def empty(self, **kwargs: Any) -> None:
+        """Forget all responses; see `ExpertReplayBuffer.empty`."""
+        self._client.empty(**kwargs)
+
+    def statistics(self) -> dict[str, float]:
+        """See `ExpertReplayBuffer.statistics`."""
+        return self._client.statistics()
+
+    def _evict(self) -> None:
+        self._client.evict_older_than(self._min_version())
+
+    def _min_version(self) -> int:
+        return 0 if self._max_policy_age is None else self._policy_version() - self._max_policy_age

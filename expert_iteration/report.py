@@ -12,26 +12,41 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from expert_iteration.charts import CHARTS, collect_series, draw
-from expert_iteration.run_directory import CONFIG_FILE, METRICS_FILE, REPORT_FILE, SAMPLES_FILE, SUMMARY_FILE
+from expert_iteration.charts import collect_series, draw_all
+from expert_iteration.run_directory import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    SAMPLES_FILE,
+    SUMMARY_FILE,
+    timeline_file,
+)
+from expert_iteration.timeline import ACTIVITIES, GENERATING, TRAINING
+from expert_iteration.timeline_chart import draw_timeline, list_shares
+from expert_iteration.timeline_report import build_timeline, describe_limit, percent
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
 UNFINISHED = "unfinished"  # the status of a run without a summary
 NUM_SAMPLE_PROMPTS = 5
-CONFIG_KEYS = ("env.dataset", "model.name", "train.selection", "train.topk_size", "env.repeats")
+CONFIG_KEYS = ("env.dataset", "model.name", "train.sync", "train.selection", "train.topk_size", "env.repeats")
 TITLE = {"task": "env.dataset", "model": "model.name"}
 FIGURES = {"pass@1": "pass@1 (sampled)", "greedy": "greedy", "reward": "reward", "pass@k": "pass@{k}"}
 # Of summary.json, in words; a part that needs what the summary lacks is left out.
 FACTS = {
     "Mode": ("{mode}", "seed {seed}"),
     "Collected": ("{dialog_turns:,} responses",),
-    "Kept": ("{responses_kept:,} responses", "from {groups_kept:,} of {groups_seen:,} groups"),
+    "Kept": (
+        "{responses_kept:,} responses",
+        "from {groups_kept:,} of {groups_seen:,} groups",
+        "{responses_too_old:,} too old to be trained on",
+    ),
     "Trained": ("{gradient_steps:,} gradient steps", "{optimizer_steps:,} optimizer steps"),
     "Weights": ("{weight_pushes:,} pushes", "engine within {max_probe_logprob_diff:.1g} nats of the trainer"),
     "Duration": ("{seconds:,.0f} s", "{seconds_to_first_optimizer_step:,.0f} s of them to the first optimizer step"),
     "Speed": ("{collect_tokens_per_second:,.0f} tokens/s collected", "{train_tokens_per_second:,.0f} tokens/s trained"),
 }
+OMITTED_AT_ZERO = ("responses_too_old",)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -50,7 +65,7 @@ def write_report(run_dir: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(fixed=fixed, short=short, markup=Markup)
+    environment.filters.update(fixed=fixed, short=short, percent=percent, markup=Markup)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=", ".join(f"{word} {config[key]}" for word, key in TITLE.items() if key in config),
         run_name="/".join(run_dir.resolve().parts[-2:]),
@@ -62,7 +77,8 @@ def write_report(run_dir: Path) -> Path:
         num_prompts=_any_evaluation(summary).get("num_prompts"),
         selection=describe_selection(config),
         facts=list_facts(summary),
-        figures=[draw(chart, series) for chart in CHARTS],
+        time=describe_time(run_dir, sync=config.get("train.sync", True)),
+        figures=draw_all(series),
         samples=read_samples(run_dir / SAMPLES_FILE),
         config_text=_read_text(run_dir / CONFIG_FILE),
     )
@@ -120,13 +136,34 @@ def describe_selection(config: Mapping[str, Any]) -> str | None:
 
 def list_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Counts and times of the run as labels and texts; what the summary lacks is left out."""
-    known = {name: value for name, value in summary.items() if value is not None}
+    known = {
+        name: value for name, value in summary.items() if value is not None and (value or name not in OMITTED_AT_ZERO)
+    }
     facts = []
     for label, wordings in FACTS.items():
         parts = [wording.format(**known) for wording in wordings if _fields(wording) <= known.keys()]
         if parts:
             facts.append((label, ", ".join(parts)))
     return facts
+
+
+def describe_time(run_dir: Path, sync: bool) -> dict[str, Any] | None:
+    """Where the run's time went, from the timelines of its processes; None without them.
+
+    Returns:
+        {"limit": a sentence, "seconds": of the window that all shares are of, "overlap": the share in which the engine
+        generated while the trainer trained, "shares": {process: [`Share`]}, "pictures": [`Picture`]}.
+    """
+    timeline = build_timeline({process: read_jsonl(Path(timeline_file(run_dir, process))) for process in ACTIVITIES})
+    if timeline is None:
+        return None
+    return {
+        "limit": describe_limit(timeline, sync),
+        "seconds": timeline.seconds,
+        "overlap": timeline.share_of_both(GENERATING, TRAINING),
+        "shares": {process: list_shares(timeline, process) for process in ACTIVITIES},
+        "pictures": draw_timeline(timeline),
+    }
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -13,16 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-
-from expert_iteration.cluster import given, process_options, start_ray
+from expert_iteration import timeline
+from expert_iteration.cluster import default_threads, given, process_options, ray_running
 from expert_iteration.config import FULL_FINE_TUNING_LR, Config
 from expert_iteration.errors import UserError
 from expert_iteration.models import chat_prompt_ids, context_length, load_tokenizer, model_path
-from expert_iteration.run_directory import METRICS_FILE, SUMMARY_FILE
+from expert_iteration.run_directory import METRICS_FILE, SUMMARY_FILE, log_file, timeline_file
 from expert_iteration.screen import RemoteScreen, Screen, redirect_output
 from expert_iteration.sizes import derive_sizes, describe_sizes
+from expert_iteration.sweep import is_sweep
 from expert_iteration.tasks import Task, load_task, without_long_prompts
 from expert_iteration.weights_directory import remove_directories
 
@@ -61,22 +60,20 @@ def _run_on_ray(cfg: Config, train: Train, task: Task, run_dir: Path, screen: Sc
     import ray
     from ray.util.queue import Queue
 
-    try:
-        allocation = start_ray(cfg)
+    with ray_running(cfg) as allocation:
         queue = Queue(actor_options={"num_cpus": 0})
-        options = process_options(cfg.train_model.num_threads, allocation["train_model_devices"])
+        options = process_options(
+            cfg.train_model.num_threads or default_threads(cfg), allocation["train_model_devices"]
+        )
         process = ray.remote(max_retries=0)(train_process).options(**options | given(cfg.ray.train_handler_config))
         _follow(process.remote(cfg, train, task, run_dir, allocation, RemoteScreen(queue), started), queue, screen)
-    finally:
-        ray.shutdown()
 
 
 def _start_time() -> float:
     """When the user started this run, in seconds since the epoch: with the process, or as a later job of a sweep."""
     import psutil
 
-    is_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
-    return time.time() if is_sweep else psutil.Process().create_time()
+    return time.time() if is_sweep() else psutil.Process().create_time()
 
 
 def _refuse_used_directory(run_dir: Path) -> None:
@@ -138,8 +135,8 @@ def train_process(
     cfg: Config, train: Train, task: Task, run_dir: Path, allocation: Any, screen: RemoteScreen, started: float
 ) -> None:
     """What the Ray task with the training devices does: build the parts, train, leave results behind."""
-    log_dir = run_dir / "logs"
-    redirect_output(log_dir / "trainer.log")
+    redirect_output(log_file(run_dir, timeline.TRAINER))
+    timeline.record_to(timeline_file(run_dir, timeline.TRAINER))
     from expert_iteration.session import Session
 
     with Session(cfg, task, run_dir, allocation, screen, started) as session:

@@ -1,13 +1,14 @@
-"""Learning-rate factors over a run whose number of optimizer steps becomes known only as it goes.
+"""The learning rate and the KL coefficient over a run whose number of optimizer steps becomes known only as it goes.
 
 How many responses a batch keeps varies, so nobody can say at the start how many optimizer steps there will be. The
 schedule therefore follows the run's *progress*, a fraction from 0 to 1, and each batch says how its optimizer steps
-share out the progress it makes: `plan(step, num_steps, until)`.
+share out the progress it makes: `plan(step, num_steps, until)`. The KL coefficient follows the same progress.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch.optim import Optimizer
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from expert_iteration.errors import UserError
 
 SCHEDULES = ("cosine_with_warmup", "linear", "constant")
+KL_SCHEDULES = ("constant", "linear", "cosine")
 
 
 class ProgressSchedule:
@@ -85,7 +87,7 @@ class ProgressSchedule:
         if warm < 1 or self.warmup_end >= 1:
             return warm
         position = (self.progress(step) - self.warmup_end) / (1 - self.warmup_end)
-        return self._decay(min(1.0, max(0.0, position)))
+        return _decay(self.shape, min(1.0, max(0.0, position)), self.num_cycles)
 
     def _warmup_factor(self, steps_done: int) -> float:
         if self.warmup == 0:
@@ -93,19 +95,44 @@ class ProgressSchedule:
         done = steps_done if self.warmup >= 1 else self.progress(steps_done)
         return min(1.0, done / self.warmup)
 
-    def _decay(self, position: float) -> float:
-        if self.shape == "constant":
-            return 1.0
-        if self.shape == "linear":
-            return 1.0 - position
-        return 0.5 * (1.0 + math.cos(2 * math.pi * self.num_cycles * position))
+
+@dataclass(frozen=True)
+class KLSchedule:
+    """Progress of the run, from 0 to 1 -> coefficient of the KL term, from `start` to `end`.
+
+    Args:
+        start: the coefficient at progress 0.
+        end: the coefficient at progress 1; above `start` it rises.
+        shape: "constant" (always `start`), "linear" or "cosine" (half a wave).
+
+    Raises:
+        UserError: an unknown shape.
+    """
+
+    start: float
+    end: float
+    shape: str
+
+    def __post_init__(self) -> None:
+        if self.shape not in KL_SCHEDULES:
+            raise UserError(
+                f"train.kl_to_ref_schedule.type ({self.shape!r}) is unknown: choose one of {', '.join(KL_SCHEDULES)}."
+            )
+
+    def __call__(self, progress: float) -> float:
+        """Coefficient of a step that begins when this fraction of the run is over; exactly `end` at 1."""
+        share = _decay(self.shape, progress)
+        return share * self.start + (1.0 - share) * self.end
+
+
+def progress(scheduler: LambdaLR) -> float:
+    """Fraction of the run that is over when the scheduler's coming optimizer step begins."""
+    return _schedule_of(scheduler).progress(scheduler.last_epoch)
 
 
 def plan(scheduler: LambdaLR, num_steps: int, until: float) -> None:
     """`ProgressSchedule.plan` from the scheduler's current step on; the optimizer's learning rates follow at once."""
-    step = scheduler.last_epoch
-    # All parameter groups share one schedule.
-    schedule = cast(ProgressSchedule, scheduler.lr_lambdas[0])
+    step, schedule = scheduler.last_epoch, _schedule_of(scheduler)
     schedule.plan(step, num_steps, until)
     # LambdaLR computed this step's rates when the step before ended, that is before this plan was known.
     rates = [base * schedule(step) for base in scheduler.base_lrs]
@@ -135,3 +162,17 @@ def make_scheduler(optimizer: Optimizer, scheduler_cfg: Any, num_training_steps:
     cfg = scheduler_cfg
     schedule = ProgressSchedule(cfg.type, cfg.warmup_steps, num_training_steps, cfg.num_cycles)
     return LambdaLR(optimizer, schedule)
+
+
+def _schedule_of(scheduler: LambdaLR) -> ProgressSchedule:
+    # All parameter groups share one schedule.
+    return cast(ProgressSchedule, scheduler.lr_lambdas[0])
+
+
+def _decay(shape: str, position: float, num_cycles: float = 0.5) -> float:
+    """What is left of a height of 1 at `position`, from 0 to 1, of the way down; any other shape is a cosine."""
+    if shape == "constant":
+        return 1.0
+    if shape == "linear":
+        return 1.0 - position
+    return 0.5 * (1.0 + math.cos(2 * math.pi * num_cycles * position))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+SHOW_EVERY = 2.0  # seconds
 
 
 def redirect_output(path: str | Path) -> None:
@@ -49,10 +52,14 @@ class Progress:
     def __init__(self, screen: RemoteScreen) -> None:
         self._screen = screen
         self._warned = False
+        self._shown_at = math.inf  # before the first batch there is no bar to move
         self._latest: dict[str, float] = {}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Move the bar when a batch was collected, print evaluations, and warn once when selection drops too much."""
+        """Move the bar, print evaluations, and warn once when selection drops too much.
+
+        The bar moves when a batch was collected, and its figures also while training goes on without one.
+        """
         self._latest |= metrics
         if "eval/pass@1" in metrics:
             self._screen.say(
@@ -60,18 +67,25 @@ class Progress:
                 f"greedy {metrics['eval/greedy']:.3f}, reward {metrics['eval/reward']:.3f}"
             )
         if "selection/groups_seen" in metrics:
-            self._screen.progress(
-                int(self._latest["collector/dialog_turns"]),
-                reward=f"{self._latest.get('collector/rewards/mean', math.nan):.3f}",
-                kept=f"{self._latest['selection/batch_kept']:.0f}",
-            )
+            self._show()
             self._warn_of_dropped_groups(metrics["selection/groups_seen"], metrics["selection/groups_kept"])
+        elif "optim_step" in metrics and time.monotonic() - self._shown_at > SHOW_EVERY:
+            self._show()
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
         """Samples are not shown."""
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _show(self) -> None:
+        self._shown_at = time.monotonic()
+        self._screen.progress(
+            int(self._latest["collector/dialog_turns"]),
+            reward=f"{self._latest.get('collector/rewards/mean', math.nan):.3f}",
+            kept=f"{self._latest['selection/batch_kept']:.0f}",
+            steps=f"{self._latest.get('optim_step', 0):.0f}",
+        )
 
     def _warn_of_dropped_groups(self, seen: float, kept: float) -> None:
         if self._warned or kept >= seen / 2:

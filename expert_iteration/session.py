@@ -14,14 +14,13 @@ from ray.util.queue import Queue
 from transformers import set_seed
 
 import ei_utils
-from expert_iteration.actors import CollectorClient
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config
+from expert_iteration.remote import Waiting
 from expert_iteration.run_directory import SUMMARY_FILE
 from expert_iteration.screen import Progress, RemoteScreen
 from expert_iteration.seeds import derive_seed
-from expert_iteration.sizes import derive_sizes
 from expert_iteration.summary import Summary
 from expert_iteration.tasks import Task
 from expert_iteration.wandb_logger import make_loggers
@@ -49,26 +48,21 @@ class Session:
     ) -> None:
         set_seed(derive_seed(cfg.seed, "training"))
         self._cfg, self._run_dir, self._screen, self._started = cfg, run_dir, screen, started
-        log_dir = run_dir / "logs"
         # First what only starts a process: the actors load their models while this process loads TorchRL and its own.
-        self._engine = ei_utils.get_inference_model(cfg, allocation, log_dir)
-        reference = ei_utils.get_ref_model(cfg, allocation, log_dir)
+        self._engine = ei_utils.get_inference_model(cfg, allocation, run_dir)
+        reference = ei_utils.get_ref_model(cfg, allocation, run_dir)
         log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
-        collector = ei_utils.start_collector(cfg, task, self._engine, reference, log_queue, log_dir)
+        collector = ei_utils.start_collector(cfg, task, self._engine, reference, log_queue, run_dir)
         self._actors = [self._engine.actor, reference.actor, collector]
         self._seconds = {"timeit/start/actors_started": self._elapsed()}
 
         from expert_iteration.metrics import Metrics
+        from expert_iteration.replay_buffer import BufferReader
 
         self._buffer_owner = ei_utils.make_replay_buffer(cfg)
-        self.replay_buffer = self._buffer_owner.client()
-        self.collector = CollectorClient(
-            collector,
-            self.replay_buffer,
-            derive_sizes(cfg).num_batches,
-            # The engine generates the next batch while the learner trains on this one.
-            overlap=cfg.train.sync_iter is False,
-        )
+        buffer = self._buffer_owner.client()
+        waiting = Waiting(cfg.train.collection_timeout, screen.say, self._engine.describe)
+        self.collector = ei_utils.get_collector_client(cfg, collector, buffer, waiting)
         self._tokenizer = ei_utils.get_tokenizer(cfg)
         self.policy_training = ei_utils.get_train_model(cfg, allocation)
         self.learner = ei_utils.make_learner(cfg, self.policy_training, self._tokenizer)
@@ -84,6 +78,11 @@ class Session:
         num_bytes = sum(tensor.nbytes for tensor in self.policy_training.state_dict().values())
         weights_directory = choose_directory(run_dir, num_bytes)
         self.weight_updater = ei_utils.make_weight_updater(cfg, self._engine, task, self._tokenizer, weights_directory)
+        self.replay_buffer = BufferReader(
+            buffer,
+            max_policy_age=cfg.train.max_policy_age,
+            policy_version=lambda: self.weight_updater.policy_version,
+        )
         self.evaluator = ei_utils.make_evaluator(cfg, self._engine, task, self._tokenizer, self.metrics)
         self.checkpointer = Checkpointer(run_dir / cfg.logging.checkpoint_dir, self.learner, cfg)
         self._seconds["timeit/start/trainer_ready"] = self._elapsed()
@@ -114,6 +113,8 @@ class Session:
     def finish(self) -> None:
         """What a completed run leaves beside its metrics: a last checkpoint, and the model as `last/`."""
         self.metrics.drain(self.learner.gradient_steps)
+        # What was dropped since the last step is counted too.
+        self.metrics.log(self.replay_buffer.statistics(), self.learner.gradient_steps)
         self.checkpointer.save()
         dtype = getattr(torch, self._cfg.inference_model.torch_dtype.value)
         save_pretrained(self.policy_training, self._tokenizer, self._run_dir / "last", dtype)

@@ -22,7 +22,8 @@ class Sizes:
         max_trained_per_batch: responses that follow a batch into training at most; more than it keeps if the buffer is
             not emptied (sync mode).
         max_gradient_steps: micro-batches over the run, if every batch keeps all it may.
-        max_optimizer_steps: optimizer steps over the run, if every batch keeps all it may.
+        max_optimizer_steps: optimizer steps over the run, if every batch keeps all it may, or those that
+            `train.total_optimizer_steps` asks for (async mode).
     """
 
     turns_per_batch: int
@@ -46,7 +47,7 @@ def derive_sizes(cfg: Config) -> Sizes:
     groups_per_batch = turns_per_batch // repeats
     num_batches = _ceil_div(train.total_dialog_turns, turns_per_batch)
     max_kept = groups_per_batch * train.topk_size
-    buffer_size = train.buffer_size or (max_kept if train.sync else ASYNC_BUFFER_SIZE)
+    buffer_size = train.buffer_size or (max_kept if train.sync else max(ASYNC_BUFFER_SIZE, max_kept))
     trained = _trained_after_batches(cfg, num_batches, max_kept, buffer_size)
     gradient_steps, optimizer_steps = _steps(cfg, trained)
     return Sizes(
@@ -72,6 +73,32 @@ def optimizer_steps_of_batch(cfg: Config, num_responses: int) -> int:
     return _ceil_div(gradient_steps, cfg.train.gradient_accumulation_steps)
 
 
+def due_gradient_steps(cfg: Config, responses_kept: int, progress: float) -> int:
+    """Gradient steps that an asynchronous run owes, all in all, once it has collected a fraction of what it will.
+
+    Args:
+        cfg: `train.total_optimizer_steps` shares its steps out evenly over what is collected; if null, each kept
+            response is drawn `train.epochs` times on average.
+        responses_kept: of all batches so far.
+        progress: fraction of the run's batches that is collected. Only at 1 does the last, smaller micro-batch count.
+    """
+    train = cfg.train
+    if train.total_optimizer_steps is not None:
+        # Steps x batches done / batches may fall just short of the whole number that it is.
+        return math.floor(train.total_optimizer_steps * progress + 1e-9) * train.gradient_accumulation_steps
+    draws = train.epochs * responses_kept
+    return _ceil_div(draws, train.optim_batch_size) if progress >= 1 else draws // train.optim_batch_size
+
+
+def batches_ahead(cfg: Config) -> int | None:
+    """Batches that an asynchronous run may have collected beyond the last one worked off; None: any number."""
+    if cfg.train.deterministic:
+        return 1
+    if cfg.train.max_ahead is None:
+        return None
+    return cfg.train.max_ahead // derive_sizes(cfg).groups_per_batch
+
+
 def describe_sizes(sizes: Sizes, cfg: Config) -> list[str]:
     """Lines for the start of a run: each derived size with its arithmetic."""
     train = cfg.train
@@ -81,10 +108,7 @@ def describe_sizes(sizes: Sizes, cfg: Config) -> list[str]:
         _describe_run(sizes, train.total_dialog_turns),
         f"engine: {sizes.turns_per_batch} turns / {sizes.num_envs} asked at once = "
         f"{sizes.turns_per_batch // sizes.num_envs} calls a batch",
-        f"{_describe_trained(sizes)} / {train.optim_batch_size} a micro-batch, {train.epochs} epochs, "
-        f"{sizes.num_batches} batches -> at most {sizes.max_gradient_steps} gradient steps; "
-        f"{train.gradient_accumulation_steps} to an optimizer step -> at most {sizes.max_optimizer_steps}",
-        f"buffer: {sizes.buffer_size} responses",
+        *(_describe_sync(sizes, cfg) if train.sync else _describe_async(sizes, cfg)),
     ]
 
 
@@ -101,8 +125,55 @@ def _steps(cfg: Config, trained: list[int]) -> tuple[int, int]:
     if train.sync:
         gradient_steps = sum(train.epochs * _ceil_div(responses, train.optim_batch_size) for responses in trained)
         return gradient_steps, sum(optimizer_steps_of_batch(cfg, responses) for responses in trained)
-    gradient_steps = _ceil_div(sum(trained) * train.epochs, train.optim_batch_size)
+    gradient_steps = due_gradient_steps(cfg, sum(trained), progress=1)
     return gradient_steps, _ceil_div(gradient_steps, train.gradient_accumulation_steps)
+
+
+def _describe_sync(sizes: Sizes, cfg: Config) -> list[str]:
+    train = cfg.train
+    return [
+        f"{_describe_trained(sizes)} / {train.optim_batch_size} a micro-batch, {train.epochs} epochs, "
+        f"{sizes.num_batches} batches -> {_describe_steps(sizes, cfg)}",
+        f"buffer: {sizes.buffer_size} responses",
+    ]
+
+
+def _describe_async(sizes: Sizes, cfg: Config) -> list[str]:
+    return [
+        _describe_drawn(sizes, cfg),
+        f"buffer: {sizes.buffer_size} responses, the oldest make room",
+        *_describe_ahead(sizes, cfg),
+    ]
+
+
+def _describe_drawn(sizes: Sizes, cfg: Config) -> str:
+    train = cfg.train
+    kept = f"at most {sizes.max_kept_per_batch} kept a batch x {sizes.num_batches} batches"
+    if train.total_optimizer_steps is None:
+        drawn = f"{kept} x {train.epochs} epochs / {train.optim_batch_size} a micro-batch"
+        return f"{drawn} -> {_describe_steps(sizes, cfg)}"
+    epochs = sizes.max_gradient_steps * train.optim_batch_size / (sizes.max_kept_per_batch * sizes.num_batches)
+    return (
+        f"{sizes.max_optimizer_steps} optimizer steps x {train.gradient_accumulation_steps} = "
+        f"{sizes.max_gradient_steps} gradient steps; x {train.optim_batch_size} a micro-batch / ({kept}) -> at least "
+        f"{epochs:.3g} epochs"
+    )
+
+
+def _describe_steps(sizes: Sizes, cfg: Config) -> str:
+    return (
+        f"at most {sizes.max_gradient_steps} gradient steps; {cfg.train.gradient_accumulation_steps} to an optimizer "
+        f"step -> at most {sizes.max_optimizer_steps}"
+    )
+
+
+def _describe_ahead(sizes: Sizes, cfg: Config) -> list[str]:
+    """Nothing where collection may be any number of batches ahead."""
+    batches = batches_ahead(cfg)
+    if batches is None:
+        return []
+    noun = "batch" if batches == 1 else "batches"
+    return [f"collection: at most {batches * sizes.groups_per_batch} groups = {batches} {noun} ahead of training"]
 
 
 def _describe_trained(sizes: Sizes) -> str:

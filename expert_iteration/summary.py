@@ -68,6 +68,7 @@ class Summary:
                     "groups_kept": "selection/groups_kept",
                     "responses_kept": "selection/responses_kept",
                     "empty_batches": "selection/empty_batches",
+                    "responses_too_old": "buffer/dropped_too_old",
                 }.items()
             },
             "weight_pushes": weight_updater.pushes,

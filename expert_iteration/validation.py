@@ -198,6 +198,15 @@ def sync_iter_belongs_to_sync(cfg: Config) -> None:
         )
 
 
+def max_policy_age_leaves_something(cfg: Config) -> None:
+    """Generated while the batch before is trained on, a batch is at least one push old."""
+    if cfg.train.sync and cfg.train.sync_iter is False and cfg.train.max_policy_age == 0:
+        raise UserError(
+            "train.max_policy_age (0) drops every response with train.sync_iter=false, where each batch is made before "
+            "the last push: set train.max_policy_age=1 or more, or train.sync_iter=true."
+        )
+
+
 def async_pushes_weights(cfg: Config) -> None:
     """Without an interval the engine would never see a new policy."""
     if not cfg.train.sync and cfg.train.weight_update_frequency is None:
@@ -221,8 +230,8 @@ def kl_schedule_has_a_start(cfg: Config) -> None:
     if cfg.train.kl_to_ref_schedule.type is not KLScheduleType.constant and not cfg.train.kl_to_ref_coeff:
         raise UserError(
             f"train.kl_to_ref_schedule.type ({cfg.train.kl_to_ref_schedule.type}) has no effect with "
-            f"train.kl_to_ref_coeff={cfg.train.kl_to_ref_coeff}, at which it starts: set train.kl_to_ref_coeff above 0, "
-            "or train.kl_to_ref_schedule.type=constant."
+            f"train.kl_to_ref_coeff={cfg.train.kl_to_ref_coeff}, at which it starts: set train.kl_to_ref_coeff above "
+            "0, or train.kl_to_ref_schedule.type=constant."
         )
 
 
@@ -363,6 +372,7 @@ RULES: tuple[Rule, ...] = (
     buffer_holds_a_batch,
     max_ahead_holds_a_batch,
     sync_iter_belongs_to_sync,
+    max_policy_age_leaves_something,
     async_pushes_weights,
     minor_sft_stands_alone,
     kl_schedule_has_a_start,

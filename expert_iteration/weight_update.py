@@ -1,5 +1,9 @@
 """Trainer weights to engine weights, with proof that they arrived.
 
+A push returns once the weights are copied out: the trainer does not wait for a generation in flight, after which the
+engine loads them (`VLLMEngine.offer_weights`). What the engine reports of a push thus comes with it when the engine was
+idle, else with a later one.
+
 A push that loads only part of the weights raises nothing: vLLM goes on with a mixture. So trainer and engine score the
 same few sequences, the probe, and must agree. A push of unchanged weights always agrees, which is why the probe runs at
 the start (the engine loaded the right model), at each push until the trainer's scores have changed by more than the
@@ -13,12 +17,14 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from torchrl._utils import timeit
 
+from expert_iteration import timeline
+from expert_iteration.engine import AppliedUpdate, OfferReport
 from expert_iteration.log_probs import token_log_probs
 
 # Largest mean difference of the probe's log-probs between trainer and engine. The mean, because in half precision a
@@ -34,8 +40,10 @@ class WeightMismatchError(RuntimeError):
 class WeightReceiver(Protocol):
     """What an engine must offer to be pushed to."""
 
-    def load_weights(self, update_info: dict, version: int, timeout: float) -> dict[str, float]:
-        """Take the weights; returns `wait_seconds` and `load_seconds`."""
+    def offer_weights(
+        self, update_info: dict[str, Any], version: int, probe: list[list[int]] | None, timeout: float
+    ) -> OfferReport:
+        """Take the weights, and score the probe once they are loaded."""
         ...
 
     def token_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -64,7 +72,7 @@ class WeightUpdater:
         autocast_dtype: in which the trainer computes, None for none.
         probe_frequency: pushes between probes; 0 probes only until the weights have changed visibly.
         tolerance: largest mean difference of the log-probs; None takes `PROBE_TOLERANCE` of the coarser dtype.
-        timeout: seconds a push may take.
+        timeout: seconds that an idle engine has to load the weights.
     """
 
     def __init__(
@@ -89,6 +97,8 @@ class WeightUpdater:
         self.tolerance = max(PROBE_TOLERANCE[dtype] for dtype in dtypes) if tolerance is None else tolerance
         self._timeout = timeout
         self._start_scores: list[list[float]] | None = None
+        # The trainer's scores of the probe for each version that the engine was asked to score and has not reported.
+        self._asked: dict[int, list[list[float]]] = {}
         self._changed_once = False
         self._expected_names: frozenset[str] = frozenset()
         self._sent_names: frozenset[str] = frozenset()
@@ -103,20 +113,23 @@ class WeightUpdater:
         """
         self._expected_names = self._sent_names = frozenset(policy.state_dict())
         self._start_scores = self._trainer_scores(policy)
-        return self._compare(self._start_scores)
+        return self._compare(0, self._start_scores, self._engine.token_log_probs(self._probe))
 
     def push_weights(self, policy: nn.Module) -> dict[str, float]:
         """Give the engine the policy's weights; they count as the next policy version.
 
         Returns:
-            metrics: `weights/push_seconds` (all of it), `weights/wait_seconds` (for the generation in flight),
-            `weights/policy_version`, and `weights/probe_diff` when the probe ran.
+            metrics: `weights/policy_version`, `weights/push_seconds` (that the trainer spent), `weights/superseded`
+            (pushes so far that the engine never loaded, as a newer one came first); and of the newest weights that the
+            engine has loaded since the last push, if it has: `weights/engine_version`, `weights/wait_seconds` (for the
+            generation in flight), `weights/load_seconds`, and `weights/probe_diff` and `weights/probe_mean_diff` where
+            they were probed.
 
         Raises:
-            WeightMismatchError: the probe found other weights in the engine.
+            WeightMismatchError: the probe found other weights in the engine, now or after an earlier push.
             TimeoutError: the engine did not take the weights in time.
         """
-        with timeit("push_weights"):
+        with timeit("push_weights"), timeline.span(timeline.PUSHING_WEIGHTS):
             return self._push(policy)
 
     def _push(self, policy: nn.Module) -> dict[str, float]:
@@ -125,19 +138,42 @@ class WeightUpdater:
         path = self._directory / f"weights-{version}.pt"
         weights = self._weights(policy)
         self._sent_names = frozenset(weights)
+        probe = self._probe if self._is_probe_due() else None
+        scores = self._trainer_scores(policy) if probe else None
         torch.save(weights, path)
         try:
-            timings = self._engine.load_weights({"path": str(path)}, version, self._timeout)
-        finally:
-            path.unlink()
+            report = self._engine.offer_weights({"path": str(path)}, version, probe, self._timeout)
+        except BaseException:
+            path.unlink(missing_ok=True)  # taken, it is the engine's to remove
+            raise
         self.policy_version = version
         self.pushes += 1
-        metrics = {
+        if scores is not None:
+            self._asked[version] = scores
+        return {
             "weights/push_seconds": time.monotonic() - start,
-            "weights/wait_seconds": timings["wait_seconds"],
             "weights/policy_version": float(version),
-        }
-        return metrics | self._probe_if_due(policy)
+            "weights/superseded": float(report.superseded),
+        } | self._read(report.applied)
+
+    def _read(self, applied: Sequence[AppliedUpdate]) -> dict[str, float]:
+        """What the engine reports of the weights that it has loaded, as metrics; the newest figures count."""
+        metrics: dict[str, float] = {}
+        for update in applied:
+            metrics["weights/engine_version"] = float(update.version)
+            metrics["weights/wait_seconds"] = update.wait_seconds
+            metrics["weights/load_seconds"] = update.load_seconds
+            if update.probe_scores is not None:
+                scores = self._asked[update.version]
+                self._changed_once = self._changed_once or self._has_changed(scores)
+                metrics |= self._compare(update.version, scores, update.probe_scores)
+            # Whatever is older was superseded, and is never reported.
+            self._asked = {version: kept for version, kept in self._asked.items() if version > update.version}
+        return metrics
+
+    def _is_probe_due(self) -> bool:
+        regular = self._probe_frequency and (self.pushes + 1) % self._probe_frequency == 0
+        return bool(regular) or not self._changed_once
 
     def _weights(self, policy: nn.Module) -> dict[str, torch.Tensor]:
         """The whole state dict: vLLM's packed lm_head stays stale when tied weights are sent only once."""
@@ -145,14 +181,6 @@ class WeightUpdater:
             name: tensor.detach().to("cpu", self._wire_dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in policy.state_dict().items()
         }
-
-    def _probe_if_due(self, policy: nn.Module) -> dict[str, float]:
-        due = self._probe_frequency and self.pushes % self._probe_frequency == 0
-        if self._changed_once and not due:
-            return {}
-        scores = self._trainer_scores(policy)
-        self._changed_once = self._changed_once or self._has_changed(scores)
-        return self._compare(scores)
 
     @torch.inference_mode()
     def _trainer_scores(self, policy: nn.Module) -> list[list[float]]:
@@ -175,8 +203,9 @@ class WeightUpdater:
             return False
         return _mean_distance(scores, self._start_scores) > self.tolerance
 
-    def _compare(self, trainer_scores: list[list[float]]) -> dict[str, float]:
-        engine_scores = self._engine.token_log_probs(self._probe)
+    def _compare(
+        self, version: int, trainer_scores: list[list[float]], engine_scores: list[list[float]]
+    ) -> dict[str, float]:
         mean = _mean_distance(trainer_scores, engine_scores)
         worst = max(
             WorstToken(_distance(ours, theirs), sequence, position, ours, theirs)
@@ -184,13 +213,13 @@ class WeightUpdater:
             for position, (ours, theirs) in enumerate(zip(trainer, engine, strict=True))
         )
         if mean > self.tolerance:
-            raise WeightMismatchError(self._explain(mean, worst))
+            raise WeightMismatchError(self._explain(version, mean, worst))
         return {"weights/probe_diff": worst.difference, "weights/probe_mean_diff": mean}
 
-    def _explain(self, mean: float, worst: WorstToken) -> str:
+    def _explain(self, version: int, mean: float, worst: WorstToken) -> str:
         missing = sorted(self._expected_names - self._sent_names)
         return (
-            f"The engine does not hold the trainer's weights (version {self.policy_version}, push {self.pushes}): "
+            f"The engine does not hold the trainer's weights (version {version} of {self.policy_version}): "
             f"log-probs differ by {mean:.2g} in the mean, weight_update.probe_tolerance is {self.tolerance:g} "
             f"(engine {self._wire_dtype}, trainer {self._autocast_dtype or torch.float32}). "
             f"Worst token: id {self._probe[worst.sequence][worst.position]} at position {worst.position} of probe "

@@ -45,14 +45,14 @@ def load_tiny_model(tiny_folder):
 
 
 @cache
-def _resolved(overrides: tuple[str, ...]) -> Config:
-    return resolve_config(compose_config("ei_tiny", overrides=overrides), "sync")
+def _resolved(overrides: tuple[str, ...], mode: str) -> Config:
+    return resolve_config(compose_config("ei_tiny", mode, overrides), mode)
 
 
 @pytest.fixture(scope="session")
 def make_cfg():
     """A function from overrides to the checked configuration of `ei_tiny`, a copy that the test may change."""
-    return lambda *overrides: deepcopy(_resolved(overrides))
+    return lambda *overrides, mode="sync": deepcopy(_resolved(overrides, mode))
 
 
 @pytest.fixture(scope="session")

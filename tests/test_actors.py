@@ -1,21 +1,24 @@
-"""`expert_iteration.actors`: how batches come to the trainer with `train.sync_iter` true and false.
+"""`expert_iteration.actors`: how batches come to the trainer, one after the other, overlapping, and in the background.
 
 Ray imports this file in the actor's process, so it loads nothing heavy.
 """
 
 import threading
+import time
 
 import pytest
 import ray
 
-from expert_iteration.actors import CollectedBatch, CollectorActor, CollectorClient
+from expert_iteration import remote
+from expert_iteration.actors import BackgroundCollector, CollectedBatch, CollectorActor, CollectorClient
+from expert_iteration.remote import ProcessDiedError, Waiting, get_from
 
 
 class Stage:
     """Plays the collector's actor, and notes what the trainer does in between."""
 
-    def __init__(self, fails_at=None):
-        self.events, self.rows, self.fails_at = [], [], fails_at
+    def __init__(self, fails_at=None, seconds=0.0):
+        self.events, self.rows, self.fails_at, self.seconds = [], [], fails_at, seconds
         self.collected = self.written = 0
         self.news = threading.Condition()
 
@@ -30,6 +33,9 @@ class Stage:
 
     def collect(self):
         self.collected += 1
+        if self.seconds:
+            self.note(f"begin {self.collected}")
+            time.sleep(self.seconds)
         if self.collected == self.fails_at:
             raise ZeroDivisionError("the reward divides by zero")
         self.note(f"collect {self.collected}")
@@ -39,6 +45,10 @@ class Stage:
         self.rows = [replay_buffer, self.written]
         self.note(f"write {self.written}")
         return f"batch {self.written}"
+
+    def collect_and_write(self, replay_buffer):
+        self.collect()
+        return self.write(replay_buffer)
 
     @ray.method(concurrency_group="audience")
     def wait_for(self, event):
@@ -69,9 +79,15 @@ def make_stage(ray_session):
         ray.kill(stage)
 
 
-def test_without_overlap_a_batch_is_collected_when_it_is_asked_for(make_stage):
+@pytest.fixture
+def waiting():
+    """Waits for a minute, which is for a machine that is very busy, and says nothing of it."""
+    return Waiting(60, lambda text: None, lambda: "the engine is idle")
+
+
+def test_without_overlap_a_batch_is_collected_when_it_is_asked_for(make_stage, waiting):
     stage = make_stage()
-    for batch in CollectorClient(stage, "buffer", num_batches=3, overlap=False):
+    for batch in CollectorClient(stage, "buffer", num_batches=3, overlap=False, waiting=waiting):
         assert ray.get(stage.work.remote(f"train on {batch}")) == ["buffer", int(batch[-1])]
     assert ray.get(stage.program.remote()) == [
         *("collect 1", "write 1", "train on batch 1"),
@@ -81,9 +97,11 @@ def test_without_overlap_a_batch_is_collected_when_it_is_asked_for(make_stage):
     assert ray.get(stage.count.remote()) == 3
 
 
-def test_with_overlap_the_next_batch_is_collected_while_the_trainer_works_on_this_one(make_stage):
+def test_with_overlap_the_next_batch_is_collected_while_the_trainer_works_on_this_one(make_stage, waiting):
     stage = make_stage()
-    for number, batch in enumerate(CollectorClient(stage, "buffer", num_batches=3, overlap=True), start=1):
+    for number, batch in enumerate(
+        CollectorClient(stage, "buffer", num_batches=3, overlap=True, waiting=waiting), start=1
+    ):
         # The trainer is still at this batch when the next is complete; what it trains on is nevertheless this one's.
         assert number == 3 or ray.get(stage.wait_for.remote(f"collect {number + 1}"))
         assert ray.get(stage.work.remote(f"train on {batch}")) == ["buffer", number]
@@ -96,13 +114,146 @@ def test_with_overlap_the_next_batch_is_collected_while_the_trainer_works_on_thi
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_an_error_while_collecting_surfaces_as_itself(make_stage, overlap):
+def test_an_error_while_collecting_surfaces_as_itself(make_stage, waiting, overlap):
     stage = make_stage(fails_at=2)
-    batches = iter(CollectorClient(stage, "buffer", num_batches=3, overlap=overlap))
+    batches = iter(CollectorClient(stage, "buffer", num_batches=3, overlap=overlap, waiting=waiting))
     assert next(batches) == "batch 1"
     with pytest.raises(ZeroDivisionError, match="the reward divides by zero"):
         next(batches)
     assert ray.get(stage.program.remote()) == ["collect 1", "write 1"]
+
+
+# --- in the background ---
+
+
+def finish(collector, worked_off=10):
+    """The batches that are still to come, in the order in which they arrive."""
+    batches = collector.arrived(worked_off)
+    while not collector.finished:
+        collector.wait(since=time.monotonic())
+        batches += collector.arrived(worked_off)
+    return batches
+
+
+def test_in_the_background_batch_after_batch_is_collected_while_the_trainer_works(make_stage, waiting):
+    stage = make_stage()
+    collector = BackgroundCollector(stage, "buffer", 4, batches_ahead=None, waiting=waiting)
+    collector.start()
+    # The trainer has not looked once, and the second batch is written already.
+    assert ray.get(stage.wait_for.remote("write 2"))
+    assert finish(collector) == ["batch 1", "batch 2", "batch 3", "batch 4"]
+    assert collector.latest == "batch 4"
+    assert ray.get(stage.count.remote()) == 4
+
+
+def test_a_slow_engine_and_a_slow_trainer_overlap(make_stage, waiting):
+    stage, batches = make_stage(seconds=0.2), 4
+    collector = BackgroundCollector(stage, "buffer", batches, batches_ahead=None, waiting=waiting)
+    collector.start()
+    while not collector.finished:
+        collector.wait(since=time.monotonic())
+        for batch in collector.arrived(worked_off=0):
+            time.sleep(0.2)
+            ray.get(stage.work.remote(f"trained on {batch}"))
+    events = ray.get(stage.program.remote())
+    assert all(
+        events.index(f"begin {number + 1}") < events.index(f"trained on batch {number}") for number in range(1, batches)
+    )
+
+
+def test_looking_for_batches_does_not_wait_for_one(make_stage, waiting):
+    stage = make_stage(seconds=0.5)
+    collector = BackgroundCollector(stage, "buffer", 1, batches_ahead=None, waiting=waiting)
+    collector.start()
+    assert collector.arrived(worked_off=0) == []
+    assert not collector.finished
+    assert finish(collector) == ["batch 1"]
+
+
+def test_collection_stays_within_its_limit_until_batches_are_worked_off(make_stage, waiting):
+    stage = make_stage()
+    collector = BackgroundCollector(stage, "buffer", 4, batches_ahead=1, waiting=waiting)
+    collector.start()
+    for worked_off in range(4):
+        collector.wait(since=time.monotonic())
+        assert collector.arrived(worked_off) == [f"batch {worked_off + 1}"]
+        assert ray.get(stage.count.remote()) == worked_off + 1
+        assert collector.arrived(worked_off + 1) == []
+    assert collector.finished
+
+
+def test_an_error_in_the_background_surfaces_when_the_trainer_looks(make_stage, waiting):
+    collector = BackgroundCollector(make_stage(fails_at=2), "buffer", 3, batches_ahead=None, waiting=waiting)
+    collector.start()
+    with pytest.raises(ZeroDivisionError, match="the reward divides by zero"):
+        finish(collector)
+
+
+# --- waiting ---
+
+
+def test_a_wait_is_said_and_ends_with_what_the_engine_does_meanwhile(make_stage, monkeypatch):
+    monkeypatch.setattr(remote, "SAY_EVERY", 0.2)
+    said, start = [], time.monotonic()
+    waiting = Waiting(0.7, said.append, lambda: "the engine has been generating for 3 s")
+    collector = BackgroundCollector(make_stage(seconds=60), "buffer", 1, batches_ahead=None, waiting=waiting)
+    collector.start()
+    with pytest.raises(TimeoutError) as error:
+        collector.wait(since=start)
+    assert "train.collection_timeout=0.7" in str(error.value)
+    assert "the engine has been generating for 3 s" in str(error.value)
+    assert len(said) >= 2
+    assert all(line.startswith("still waiting for responses after 0 s: the engine has") for line in said[:2])
+
+
+def test_what_is_there_already_is_not_waited_for_however_late_it_is(make_stage):
+    stage = make_stage()
+    waiting = Waiting(0.1, print, lambda: "")
+    collector = BackgroundCollector(stage, "buffer", 1, batches_ahead=None, waiting=waiting)
+    collector.start()
+    assert ray.get(stage.wait_for.remote("write 1"))
+    collector.wait(since=time.monotonic() + 5)
+    collector.wait(since=time.monotonic() - 5)
+    assert collector.arrived(worked_off=0) == ["batch 1"]
+
+
+def test_a_synchronous_trainer_gives_up_waiting_too(make_stage):
+    waiting = Waiting(0.3, print, lambda: "the engine is idle")
+    with pytest.raises(TimeoutError, match=r"collection_timeout=0\.3\): the engine is idle"):
+        next(iter(CollectorClient(make_stage(seconds=60), "buffer", 1, overlap=False, waiting=waiting)))
+
+
+@pytest.mark.parametrize("kind", ["synchronous", "background"])
+def test_a_collector_that_dies_is_named(make_stage, waiting, kind):
+    stage = make_stage(seconds=60)
+    if kind == "synchronous":
+        batches = iter(CollectorClient(stage, "buffer", 1, overlap=False, waiting=waiting))
+        threading.Timer(0.5, ray.kill, [stage]).start()
+        with pytest.raises(ProcessDiedError, match=r"The collector's process has died \(logs/collector\.log\)"):
+            next(batches)
+    else:
+        collector = BackgroundCollector(stage, "buffer", 1, batches_ahead=None, waiting=waiting)
+        collector.start()
+        ray.kill(stage)
+        collector.wait(since=time.monotonic())
+        with pytest.raises(ProcessDiedError, match=r"The collector's process has died \(logs/collector\.log\)"):
+            collector.arrived(worked_off=0)
+
+
+class Asker:
+    """A process that asks another, as the collector asks the engine."""
+
+    def ask(self, stage):
+        return get_from("engine", stage.count.remote())
+
+
+def test_a_dead_process_is_named_by_whoever_asked_it_also_from_far(make_stage):
+    stage = make_stage()
+    ray.kill(stage)
+    asker = ray.remote(num_cpus=0)(Asker).remote()
+    with pytest.raises(ProcessDiedError, match=r"The engine's process has died \(logs/engine\.log\)"):
+        get_from("collector", asker.ask.remote(stage))
+    ray.kill(asker)
 
 
 # --- the actor ---
@@ -125,6 +276,7 @@ def test_the_actor_builds_its_collector_in_its_own_process_and_logs_its_output(r
     actor = ray.remote(num_cpus=0)(CollectorActor).remote(FakeCollector, str(log))
     ray.get(actor.collect.remote())
     assert ray.get(actor.write.remote("buffer")) == ["collect", "write to buffer"]
+    assert ray.get(actor.collect_and_write.remote("buffer")) == ["collect", "collect", "write to buffer"]
     ray.kill(actor)
     assert "written to buffer\n" in log.read_text()
 

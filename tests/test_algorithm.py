@@ -1,25 +1,26 @@
-"""The synchronous algorithm with all its real parts in one process, around an engine whose responses are scripted.
+"""Both algorithms with all their real parts in one process, around an engine whose responses are scripted.
 
 Neither Ray nor vLLM: what is left is the flow of data, from a drawn prompt to a changed weight and a written file.
 """
 
 import json
 import time
+from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torchrl.data import LazyStackStorage, SamplerWithoutReplacement
+from torchrl.data import LazyStackStorage
 
 import ei_utils
 from expert_iteration import tiny
 from expert_iteration.checkpoint import Checkpointer
-from expert_iteration.engine import Completion, Sampling
+from expert_iteration.engine import AppliedUpdate, Completion, OfferReport, Sampling
 from expert_iteration.log_probs import token_log_probs
 from expert_iteration.metrics import Metrics
 from expert_iteration.models import chat_prompt_ids
-from expert_iteration.replay_buffer import ExpertReplayBuffer
+from expert_iteration.replay_buffer import BufferReader, ExpertReplayBuffer
 from expert_iteration.scorer import ReferenceScorer
 from expert_iteration.summary import Summary
 from expert_iteration.tasks import load_task
@@ -64,10 +65,12 @@ class ScriptedEngine:
         self.asked += 1
         return Completion(self.tokenizer(text)["input_ids"], "stop", self.version)
 
-    def load_weights(self, update_info, version, timeout):
+    def offer_weights(self, update_info, version, probe, timeout):
         self.model.load_state_dict(torch.load(update_info["path"], weights_only=True))
+        Path(update_info["path"]).unlink()
         self.version = version
-        return {"wait_seconds": 0.0, "load_seconds": 0.0}
+        scores = None if probe is None else self.token_log_probs(probe)
+        return OfferReport([AppliedUpdate(version, 0.0, 0.0, scores)], superseded=0)
 
     @torch.no_grad()
     def token_log_probs(self, sequences):
@@ -76,15 +79,36 @@ class ScriptedEngine:
 
 
 class LocalCollector:
-    """`CollectorClient` without an actor."""
+    """`CollectorClient` and `BackgroundCollector` without an actor; the latter's batches come when waited for."""
 
     def __init__(self, collector, replay_buffer, num_batches):
         self.collector, self.replay_buffer, self.num_batches = collector, replay_buffer, num_batches
+        self.ready, self.latest = [], None
+
+    finished = property(lambda self: self.num_batches == 0 and not self.ready)
 
     def __iter__(self):
-        for _ in range(self.num_batches):
-            self.collector.collect()
-            yield self.collector.write(self.replay_buffer)
+        while self.num_batches:
+            yield self.collect()
+
+    def collect(self):
+        self.num_batches -= 1
+        self.collector.collect()
+        return self.collector.write(self.replay_buffer)
+
+    def start(self):
+        pass
+
+    def arrived(self, worked_off):
+        batches, self.ready = self.ready, []
+        return batches
+
+    def wait(self, since):
+        self.latest = self.collect()
+        self.ready.append(self.latest)
+
+    def say(self, text):
+        pass
 
 
 def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
@@ -95,7 +119,7 @@ def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
     sizes = ei_utils.derive_sizes(cfg)
     buffer = ExpertReplayBuffer(
         storage=LazyStackStorage(sizes.buffer_size),
-        sampler=SamplerWithoutReplacement(),
+        sampler=ei_utils.make_sampler(cfg, sizes.buffer_size),
         batch_size=cfg.train.optim_batch_size,
         capacity=sizes.buffer_size,
         seed=0,
@@ -106,10 +130,13 @@ def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
     learner = ei_utils.make_learner(cfg, policy, tokenizer)
     updater = ei_utils.make_weight_updater(cfg, engine, task, tokenizer, run_dir)
     updater.verify_start(policy)
+    reader = BufferReader(
+        buffer, max_policy_age=cfg.train.max_policy_age, policy_version=lambda: updater.policy_version
+    )
     script.train(
         cfg,
         collector=LocalCollector(collector, buffer, sizes.num_batches),
-        replay_buffer=buffer,
+        replay_buffer=reader,
         learner=learner,
         policy_training=policy,
         weight_updater=updater,
@@ -117,6 +144,7 @@ def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
         checkpointer=Checkpointer(run_dir / "checkpoints", learner, cfg),
         metrics=metrics,
     )
+    metrics.log(reader.statistics(), learner.gradient_steps)
     metrics.close()
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return SimpleNamespace(
@@ -125,7 +153,7 @@ def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
         lines=lines,
         task=task,
         summary=summary.to_dict(None, learner, updater, started),
-        checkpoints=sorted(path.name for path in (run_dir / "checkpoints").iterdir()),
+        checkpoints=sorted(path.name for path in (run_dir / "checkpoints").glob("*")),
     )
 
 
@@ -133,10 +161,10 @@ def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
 def start_run(load_script, make_cfg, tiny_folder, tiny_tokenizer, tmp_path_factory):
     from expert_iteration.models import load_model
 
-    def start(*overrides):
-        cfg = make_cfg(f"model.name={tiny_folder}", *OVERRIDES, *overrides)
+    def start(*overrides, mode="sync"):
+        cfg = make_cfg(f"model.name={tiny_folder}", *OVERRIDES, *overrides, mode=mode)
         return run_algorithm(
-            load_script("expert-iteration-sync"),
+            load_script(f"expert-iteration-{mode}"),
             cfg,
             lambda: load_model(str(tiny_folder), dtype="float32", attn_implementation="sdpa", device="cpu"),
             tiny_tokenizer,
@@ -265,3 +293,86 @@ def test_a_seed_repeats_a_run_but_for_its_times(done, start_run):
     assert all(
         torch.equal(one, two) for one, two in zip(done.policy.parameters(), again.policy.parameters(), strict=True)
     )
+
+
+# --- asynchronous ---
+
+
+@pytest.fixture(scope="module")
+def done_async(start_run):
+    return start_run("train.weight_update_frequency=3", mode="async")
+
+
+def test_an_asynchronous_run_makes_the_steps_that_belong_to_what_it_kept(done_async):
+    expected = {
+        "mode": "async",
+        "dialog_turns": 48,
+        "responses_kept": 12,
+        "gradient_steps": 12,  # 12 kept, drawn 4 times on average, 4 at a time
+        "optimizer_steps": 12,
+        "weight_pushes": 4,
+        "responses_too_old": 0,
+    }
+    assert {name: done_async.summary[name] for name in expected} == expected
+
+
+def test_an_age_counts_the_pushes_since_the_response_was_made(done_async):
+    # Batches come at steps 0, 4 and 8, pushes after steps 3, 6, 9 and 12.
+    assert values(done_async, "collector/policy_version/max") == [0, 1, 2]
+    ages = values(done_async, "train/policy_age")
+    oldest = values(done_async, "train/max_policy_age")
+    assert ages[:4] == oldest[:4] == [0, 0, 0, 1]
+    assert all(0 <= age <= most for age, most in zip(ages, oldest, strict=True))
+    assert max(oldest) >= 2
+    assert all(0 <= version <= 2 for version in values(done_async, "train/policy_version"))
+
+
+def test_what_is_too_old_is_dropped_counted_and_never_trained_on(start_run):
+    run = start_run("train.weight_update_frequency=3", "train.max_policy_age=1", mode="async")
+    assert max(values(run, "train/max_policy_age")) == 1
+    # At the third push (step 9) the first batch's 4 are 2 pushes old or more; its version is 0, the others' 1 and 2.
+    assert run.summary["responses_too_old"] == values(run, "buffer/dropped_too_old")[-1] > 0
+    assert run.summary["gradient_steps"] == 12
+
+
+def test_steps_that_nothing_is_young_enough_for_are_not_made(start_run):
+    run = start_run("train.weight_update_frequency=1", "train.max_policy_age=0", mode="async")
+    # Each batch is of age 0 for one step, after which the weights are pushed.
+    assert run.summary["gradient_steps"] == 3
+    assert run.summary["responses_too_old"] == 12
+    assert set(values(run, "train/max_policy_age")) == {0}
+
+
+def test_importance_weights_reach_the_loss(start_run, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def spread(problems, responses):\n    return [index % 4 + 1.0 for index in range(len(responses))]\n"
+    )
+    plain, weighted = (
+        start_run(
+            *(f"reward.fn={reward}:spread", "train.topk_size=2", "train.weight_update_frequency=3"),
+            f"train.prioritized_sampling_beta={beta}",
+            mode="async",
+        )
+        for beta in (0, 1)
+    )
+    # Rows of reward 3, the least, have weight 1: the runs part at the first step that sees a row of reward 4.
+    first = next(step for step, reward in enumerate(values(plain, "train/reward")) if reward > 3.0)
+    assert values(plain, "train/reward")[: first + 1] == values(weighted, "train/reward")[: first + 1]
+    assert values(plain, "train/loss")[:first] == values(weighted, "train/loss")[:first]
+    assert values(weighted, "train/loss")[first] < values(plain, "train/loss")[first]
+
+
+def test_a_seed_repeats_an_asynchronous_run_whose_order_is_fixed(done_async, start_run):
+    again = start_run("train.weight_update_frequency=3", mode="async")
+    other = start_run("train.weight_update_frequency=3", "seed=1", mode="async")
+    assert without_times(again.lines) == without_times(done_async.lines)
+    assert without_times(other.lines) != without_times(done_async.lines)
+
+
+def test_the_kl_coefficient_falls_over_the_run(start_run):
+    schedule = ("train.kl_to_ref_coeff=0.8", "train.kl_to_ref_schedule.type=linear", "train.kl_to_ref_schedule.end=0.2")
+    for mode in ("sync", "async"):
+        coefficients = values(start_run(*schedule, mode=mode), "train/kl_to_ref_coeff")
+        # Twelve steps; a step takes the coefficient of the progress at its start.
+        assert coefficients == pytest.approx([0.8 - 0.6 * step / 12 for step in range(12)], abs=1e-6)

@@ -1,12 +1,16 @@
 """`expert_iteration.cluster`: what Ray cannot give is refused before anything waits for it."""
 
+import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 import ray
 
-from expert_iteration.cluster import check_resources, given, process_options, start_actor, stop_actors
+from expert_iteration.cli import CONFIG_DIR
+from expert_iteration.cluster import check_resources, default_threads, given, process_options, start_actor, stop_actors
 from expert_iteration.errors import UserError
 
 ON_CPU = {"ray_num_gpus": 0}
@@ -44,9 +48,17 @@ def test_null_leaves_an_option_to_its_default():
     assert given({"num_cpus": None, "num_gpus": 0, "address": "auto"}) == {"num_gpus": 0, "address": "auto"}
 
 
-def test_threads_are_those_configured_or_all():
+def test_threads_are_those_given():
     assert process_options(3, [])["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
-    assert process_options(None, [])["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == str(os.cpu_count())
+
+
+def test_models_that_work_at_the_same_time_share_the_cores(make_cfg, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert default_threads(make_cfg()) == 6
+    assert default_threads(make_cfg("train.sync_iter=false")) == 3
+    assert default_threads(make_cfg(mode="async")) == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert default_threads(make_cfg(mode="async")) == 1
 
 
 def test_a_process_sees_the_accelerators_that_ray_gives_it_and_no_others():
@@ -80,3 +92,65 @@ def test_actors_have_their_threads_and_end_in_their_own_way(ray_session, tmp_pat
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, "no farewell"
         time.sleep(0.05)
+
+
+# --- the end of a run ---
+
+# Ray kills an actor that does not exit, and its children, but not theirs.
+FAILING_RUN = """
+import json, os, signal, subprocess, sys, time
+import psutil, ray
+from expert_iteration import cluster
+from expert_iteration.cli import compose_config
+from expert_iteration.resolve import resolve_config
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
+PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {STUBBORN!r}]); time.sleep(300)"
+
+class Busy:
+    def start(self):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen([sys.executable, "-c", PARENT], start_new_session=True)
+        return os.getpid()
+
+    def work(self):
+        time.sleep(300)
+
+cluster.RELEASE_SECONDS = 2
+other = subprocess.Popen([sys.executable, "-c", STUBBORN])
+try:
+    with cluster.ray_running(resolve_config(compose_config("ei_tiny"), "sync")):
+        actor = ray.remote(num_cpus=0)(Busy).remote()
+        actor_process = psutil.Process(ray.get(actor.start.remote()))
+        actor.work.remote()
+        while len(children := actor_process.children(recursive=True)) < 2:
+            time.sleep(0.1)
+        raise RuntimeError("the run fails")
+except RuntimeError:
+    pass
+started = [actor_process, *children]
+left = [process for process in started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+print(json.dumps({
+    "started": len(started),
+    "left": [process.cmdline() for process in left],
+    "descendants": [process.pid == other.pid for process in psutil.Process().children(recursive=True)],
+    "other": other.poll(),
+    "ray": ray.is_initialized(),
+}))
+for process in (other, *left):
+    process.kill()
+"""
+
+
+def test_a_run_s_processes_are_gone_when_it_ends_and_others_are_not():
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING_RUN], cwd=CONFIG_DIR.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "started": 3,
+        "left": [],
+        "descendants": [True],
+        "other": None,
+        "ray": False,
+    }

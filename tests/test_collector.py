@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import is_leaf_nontensor
-from torchrl.data import LazyStackStorage, SamplerWithoutReplacement
+from torchrl.data import LazyStackStorage
 
 from expert_iteration.collector import ROW_KEYS, ExpertCollector
 from expert_iteration.engine import Completion, Sampling
@@ -15,6 +15,7 @@ from expert_iteration.models import chat_prompt_ids
 from expert_iteration.policy import EnginePolicy
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.replay_buffer import ExpertReplayBuffer
+from expert_iteration.sampler import RewardPrioritizedPass
 from expert_iteration.selection import TopKRewardSelector
 from expert_iteration.tasks import Problem, Task
 
@@ -70,7 +71,11 @@ def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_toke
         batches=[],
         records=[],
         buffer=ExpertReplayBuffer(
-            storage=LazyStackStorage(100), sampler=SamplerWithoutReplacement(), batch_size=4, capacity=100, seed=0
+            storage=LazyStackStorage(100),
+            sampler=RewardPrioritizedPass(100, alpha=0.0, epsilon=0.0),
+            batch_size=4,
+            capacity=100,
+            seed=0,
         ),
     )
     parts.collector = ExpertCollector(

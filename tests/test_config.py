@@ -235,6 +235,7 @@ def test_same_configuration_as_plain_data():
         ("train.selection=best", "above_median, random"),
         ("optimizer.name=Lion", "AdamW, Adam, SGD"),
         ("optimizer.scheduler.type=step", "cosine_with_warmup, linear, constant"),
+        ("train.kl_to_ref_schedule.type=step", "constant, linear, cosine"),
         ("train_model.torch_dtype=float8", "float32, bfloat16, float16"),
         ("logging.backend=mlflow", "wandb, none"),
         ("logging.mode=sometimes", "online, offline, disabled"),
@@ -385,9 +386,24 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("batch_is_whole_groups", {"env.repeats": 512}, "sync", ["train.dialog_turns_per_batch=512"]),
     ("num_envs_fits_groups_and_batch", {"env.num_envs": 48}, "sync", ["env.num_envs (48)", "256 turns", "32 or 64"]),
     ("num_envs_fits_groups_and_batch", {"env.num_envs": 3}, "sync", ["env.num_envs (3)", "repeats (8)", "2 or 4"]),
-    ("buffer_holds_a_batch", {"train.buffer_size": 63}, "sync", ["(63)", "256 turns / 8 repeats x 2 kept = 64"]),
+    *[
+        ("buffer_holds_a_batch", {"train.buffer_size": 63}, mode, ["(63)", "256 turns / 8 repeats x 2 kept = 64"])
+        for mode in ("sync", "async")
+    ],
+    (
+        "max_ahead_holds_a_batch",
+        {"train.max_ahead": 31},
+        "async",
+        ["train.max_ahead (31)", "32 groups", "train.max_ahead=32 or more", "lower train.dialog_turns_per_batch"],
+    ),
     ("sync_iter_belongs_to_sync", {"train.sync_iter": True}, "async", ["train.sync_iter (true)", "mode=sync"]),
     ("sync_iter_belongs_to_sync", {"train.sync_iter": None}, "sync", ["train.sync_iter (null)"]),
+    (
+        "max_policy_age_leaves_something",
+        {"train.max_policy_age": 0, "train.sync_iter": False},
+        "sync",
+        ["train.max_policy_age (0)", "train.sync_iter=false", "train.max_policy_age=1", "train.sync_iter=true"],
+    ),
     (
         "async_pushes_weights",
         {"train.weight_update_frequency": None},
@@ -400,6 +416,15 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         "sync",
         ["train.kl_to_ref_coeff (0.1)", "minor_sft", "train.kl_to_ref_coeff=null"],
     ),
+    *[
+        (
+            "kl_schedule_has_a_start",
+            {"train.kl_to_ref_schedule.type": shape, "train.kl_to_ref_coeff": start},
+            mode,
+            [f"({shape})", f"kl_to_ref_coeff={start}", "above 0", "train.kl_to_ref_schedule.type=constant"],
+        )
+        for shape, start, mode in (("linear", None, "sync"), ("cosine", 0.0, "async"))
+    ],
     (
         "mixed_precision_has_two_types",
         {"train.mixed_precision": True},
@@ -493,7 +518,19 @@ def is_number(key: str) -> bool:
         ({"train.loss_function": "minor_sft", "train.kl_to_ref_coeff": 0}, "sync"),
         ({"train.topk_size": 8}, "sync"),
         ({"train.buffer_size": 64}, "sync"),
-        ({"train.buffer_size": 63}, "async"),
+        ({"train.buffer_size": 64}, "async"),
+        ({"train.max_ahead": 32}, "async"),
+        ({"train.max_ahead": 16, "train.total_dialog_turns": 128}, "async"),  # one smaller batch of 16 groups
+        ({"train.max_ahead": 1}, "sync"),
+        ({"train.max_policy_age": 0}, "async"),
+        ({"train.max_policy_age": 0}, "sync"),
+        ({"train.max_policy_age": 1, "train.sync_iter": False}, "sync"),
+        ({"train.total_optimizer_steps": 1}, "async"),
+        ({"train.prioritized_sampling_alpha": 0, "train.prioritized_sampling_beta": 0}, "async"),
+        ({"train.prioritized_sampling_epsilon": 1e-12}, "async"),
+        ({"train.kl_to_ref_schedule.type": "linear", "train.kl_to_ref_schedule.end": 0}, "sync"),
+        ({"train.kl_to_ref_schedule.type": "cosine", "train.kl_to_ref_schedule.end": 2.0}, "async"),
+        ({"train.kl_to_ref_schedule.type": "constant", "train.kl_to_ref_coeff": None}, "sync"),
         ({"env.num_envs": 1000}, "sync"),
         ({"env.num_envs": 4}, "sync"),
         ({"env.num_envs": 16}, "sync"),

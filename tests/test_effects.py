@@ -12,8 +12,11 @@ NO_WANDB = ["logging.backend=none"]
 DISABLED = ["logging.mode=disabled"]
 CACHE = ["inference_model.kv_cache_gib=2"]
 HUB = ["model.name=gpt2"]
+ASYNC = ["mode=async"]
+EVEN = ["train.prioritized_sampling=false"]
 
-# (an override, others with which it is idle, others with which it is not, a word of the reason), for ei_tiny
+# (an override, others with which it is idle, others with which it is not, a word of the reason), for ei_tiny, in sync
+# mode unless an override says otherwise
 CASES: list[tuple[str, list[str], list[str], str]] = [
     (
         "train_model.torch_dtype=bfloat16",
@@ -28,6 +31,37 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
         "loss_function=sft",
     ),
     ("train.buffer_size=100", [], ["train.empty_replay_buffer=false"], "empty_replay_buffer=true"),
+    ("train.total_optimizer_steps=100", [], ASYNC, "train.epochs"),
+    ("train.max_ahead=64", [], ASYNC, "train.sync_iter"),
+    ("train.max_ahead=64", [*ASYNC, "train.deterministic=true"], ASYNC, "train.deterministic=true"),
+    *[(f"train.deterministic={value}", [], ASYNC, "train.sync_iter=true") for value in ("true", "false")],
+    ("train.epochs=3", [*ASYNC, "train.total_optimizer_steps=100"], ASYNC, "train.total_optimizer_steps"),
+    ("train.epochs=3", [*ASYNC, "train.total_optimizer_steps=100"], [], "train.total_optimizer_steps"),
+    *[(f"train.empty_replay_buffer={value}", ASYNC, [], "ring") for value in ("true", "false")],
+    *[
+        ("train.max_policy_age=2", [], active, "weights last pushed")
+        for active in (
+            ASYNC,
+            ["train.sync_iter=false"],
+            ["train.empty_replay_buffer=false"],
+            ["train.weight_update_frequency=4"],
+        )
+    ],
+    *[
+        (f"train.prioritized_sampling_{override}", [*mode, *EVEN], ASYNC, "prioritized_sampling=false")
+        for override in ("alpha=0.5", "beta=0.5", "epsilon=0.05")
+        for mode in ([], ASYNC)
+    ],
+    *[
+        (f"train.prioritized_sampling_{override}", [*ASYNC, "train.prioritized_sampling_alpha=0"], ASYNC, "alpha=0")
+        for override in ("beta=0.5", "epsilon=0.05")
+    ],
+    ("train.prioritized_sampling_beta=0.5", [], ASYNC, "draws every response once"),
+    *[
+        ("train.kl_to_ref_schedule.end=0.01", mode, [*mode, f"train.kl_to_ref_schedule.type={shape}"], "type=constant")
+        for mode in ([], ASYNC)
+        for shape in ("linear", "cosine")
+    ],
     *[
         (override, NO_SCHEDULER, ["optimizer.scheduler.type=cosine_with_warmup"], "scheduler.enabled=false")
         for override in ("optimizer.scheduler.warmup_steps=3", "optimizer.scheduler.num_cycles=1")
@@ -55,7 +89,8 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
 
 
 def notes(overrides: list[str], task: str = "ei_tiny") -> list[str]:
-    cfg = resolve_config(compose_config(task, "sync", overrides), "sync")
+    mode = "async" if "mode=async" in overrides else "sync"
+    cfg = resolve_config(compose_config(task, mode, overrides), mode)
     return settings_without_effect(cfg, given_keys(overrides))
 
 
@@ -81,8 +116,10 @@ def test_device_auto_asks_the_machine(key, other, count, monkeypatch):
 
 
 def test_null_is_no_wish():
-    """The remedy of the rule `kv_cache_gib_is_for_cpu`, and the default of the buffer."""
-    assert notes(["device=cuda", "inference_model.kv_cache_gib=null", "train.buffer_size=null"]) == []
+    """The remedy of the rule `kv_cache_gib_is_for_cpu`, the default of the buffer, and limits that are not set."""
+    limits = [f"train.{name}=null" for name in ("buffer_size", "max_ahead", "max_policy_age", "total_optimizer_steps")]
+    assert notes(["device=cuda", "inference_model.kv_cache_gib=null", *limits]) == []
+    assert notes([*ASYNC, "train.epochs=3", "train.deterministic=true", *limits]) == []
 
 
 def test_every_row_has_a_case():
@@ -96,11 +133,17 @@ def test_every_row_has_a_case():
     assert all(keys.is_known(row.key) for row in TABLE)
 
 
+def test_steps_that_are_idle_themselves_make_no_epochs_idle():
+    [line] = notes(["train.epochs=3", "train.total_optimizer_steps=100"])
+    assert line.startswith("note: train.total_optimizer_steps ")
+
+
 def test_a_key_is_noted_once():
     assert len(notes(["optimizer.scheduler.num_cycles=1", "optimizer.scheduler.type=linear", *NO_SCHEDULER])) == 2
 
 
+@pytest.mark.parametrize("mode", [[], ASYNC], ids=["sync", "async"])
 @pytest.mark.parametrize("task", ["ei_tiny", "ei_gsm8k", "ei_ifeval"])
-def test_what_files_set_is_not_noted(task):
-    assert notes([], task) == []
-    assert notes(["seed=1", "env.repeats=64", "train.topk_size=8", "train.kl_to_ref_coeff=0.5"], task) == []
+def test_what_files_set_is_not_noted(task, mode):
+    assert notes(mode, task) == []
+    assert notes([*mode, "seed=1", "env.repeats=64", "train.topk_size=8", "train.kl_to_ref_coeff=0.5"], task) == []

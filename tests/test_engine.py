@@ -123,12 +123,12 @@ def test_a_dropped_lm_head_is_found_once_the_weights_have_changed(engine, prompt
         updater.push_weights(model)
 
 
-def test_generation_and_updates_wait_for_each_other_and_health_answers_meanwhile(
+def test_a_push_does_not_wait_for_a_generation_and_no_response_mixes_weights(
     engine, prompts, warm_tiny_model, tmp_path
 ):
     model, updater = load(warm_tiny_model), make_updater(engine, prompts, tmp_path)
+    updater.verify_start(model)
     updater.push_weights(model)
-    before = updater.policy_version
     results = []
     generation = threading.Thread(
         target=lambda: results.append(engine.sample(prompts * 8, Sampling(max_tokens=200, num_samples=2), seed=0))
@@ -136,11 +136,25 @@ def test_generation_and_updates_wait_for_each_other_and_health_answers_meanwhile
     generation.start()
     while not engine.health()["busy_seconds"]:
         time.sleep(0.01)
-    metrics = updater.push_weights(model)
-    assert metrics["weights/wait_seconds"] > 0
+    for seed in range(3):
+        change(model, seed)
+        pushed = updater.push_weights(model)
+        assert "weights/engine_version" not in pushed
+    # Health answers too; the engine is where it was, and one update waits, the newest.
+    assert engine.health()["busy_seconds"] > 0
+    assert engine.version() == 1
+    assert pushed["weights/superseded"] == 2
+    assert len(list(tmp_path.iterdir())) == 1
     generation.join()
-    assert {completion.policy_version for group in results[0] for completion in group} == {before}
-    assert engine.sample(prompts[:1], Sampling(max_tokens=2), seed=0)[0][0].policy_version == before + 1
+    # `Completion` has one version because vLLM's spans do: `engine._completion` refuses a response with two.
+    assert {completion.policy_version for group in results[0] for completion in group} == {1}
+    after = engine.sample(prompts[:2], Sampling(max_tokens=2), seed=0)
+    assert {completion.policy_version for group in after for completion in group} == {4} == {engine.version()}
+    assert list(tmp_path.iterdir()) == []
+    # Scored by the engine when it loaded version 4, compared when the trainer hears of it.
+    reported = updater.push_weights(model)
+    assert reported["weights/wait_seconds"] > 0
+    assert reported["weights/probe_diff"] < 1e-3
 
 
 def test_torchrl_wrapper_accepts_the_client(engine, prompts, tokenizer):

@@ -10,12 +10,13 @@ from builders import random_model
 from tensordict import TensorDict, lazy_stack
 from torch import nn
 
+import ei_utils
 from expert_iteration.cadence import is_due
 from expert_iteration.errors import UserError
 from expert_iteration.learner import Learner
 from expert_iteration.loss import SFTLoss
 from expert_iteration.optimizer import make_optimizer
-from expert_iteration.schedule import make_scheduler
+from expert_iteration.schedule import KLSchedule, make_scheduler
 
 VOCABULARY = 50
 TOKENIZER = SimpleNamespace(pad_token_id=0)
@@ -231,6 +232,88 @@ def test_the_learning_rate_is_that_of_the_step_and_follows_the_plan():
     found = [learner.step(ROWS_BATCH)["learning_rate"] for _ in range(5)]
     # Half a cosine over two optimizer steps: 1, 1/2, then 0.
     assert found == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 0.0], abs=1e-12)
+
+
+# --- the KL coefficient ---
+
+
+def linear_to_zero() -> KLSchedule:
+    return KLSchedule(start=0.5, end=0.0, shape="linear")
+
+
+def test_the_kl_coefficient_falls_from_window_to_window_and_is_reported():
+    learner = make_learner(lr=1e-3, gradient_accumulation_steps=2, num_steps=5, kl_schedule=linear_to_zero())
+    results = [learner.step(ROWS_BATCH) for _ in range(8)]
+    found = [result["kl_to_ref_coeff"] for result in results]
+    assert found == pytest.approx([0.5, 0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.2], abs=1e-12)
+    for result, coefficient in zip(results, found, strict=True):
+        assert result["loss_kl_to_ref"] == pytest.approx(coefficient * result["kl_to_ref"], rel=1e-6)
+    learner.step(ROWS_BATCH)
+    assert learner.flush()["kl_to_ref_coeff"] == pytest.approx(0.1, abs=1e-12)
+
+
+def test_a_plan_in_the_middle_of_a_window_changes_the_kl_coefficient_from_the_next_on():
+    learner = make_learner(lr=1e-3, gradient_accumulation_steps=2, num_steps=5, kl_schedule=linear_to_zero())
+    found = [learner.step(ROWS_BATCH)["kl_to_ref_coeff"]]
+    learner.plan(0, until=0.2)  # a batch that kept nothing: progress jumps
+    learner.plan(2, until=0.6)
+    found += [learner.step(ROWS_BATCH)["kl_to_ref_coeff"] for _ in range(3)]
+    assert found == pytest.approx([0.5, 0.5, 0.3, 0.3], abs=1e-12)
+
+
+def test_past_the_end_of_a_schedule_to_zero_the_kl_is_reported_without_its_term():
+    learner = make_learner(lr=1e-3, num_steps=2, kl_schedule=linear_to_zero())
+    results = [learner.step(ROWS_BATCH) for _ in range(3)]
+    assert [result["kl_to_ref_coeff"] for result in results] == [0.5, 0.25, 0.0]
+    assert "loss_kl_to_ref" in results[1]
+    assert "loss_kl_to_ref" not in results[2]
+    assert results[2]["loss"] == results[2]["loss_sft"]
+    assert results[2]["kl_to_ref"] > 0
+
+
+def test_a_bad_window_leaves_the_kl_coefficient_where_it_is():
+    learner = make_learner(lr=1e-3, num_steps=5, kl_schedule=linear_to_zero())
+    torch.nn.init.constant_(learner.model.lm_head.weight, torch.nan)
+    found = [learner.step(ROWS_BATCH) for _ in range(2)]
+    assert not any(result.stepped for result in found)
+    assert [result["kl_to_ref_coeff"] for result in found] == [0.5, 0.5]
+
+
+def test_without_a_schedule_the_kl_coefficient_stays_and_is_no_metric():
+    learner = make_learner(num_steps=2)
+    results = [learner.step(ROWS_BATCH) for _ in range(2)]
+    assert not any("kl_to_ref_coeff" in result for result in results)
+    assert learner.loss_fn.kl_to_ref_coeff == 0.5
+
+
+def test_a_restored_learner_continues_the_kl_schedule():
+    def start() -> Learner:
+        return make_learner(lr=1e-3, num_steps=1000, kl_schedule=linear_to_zero())
+
+    learner = start()
+    learner.plan(4, until=0.8)
+    for _ in range(3):
+        learner.step(ROWS_BATCH)
+    restored = start()
+    restored.load_state_dict(learner.state_dict())
+    assert restored.step(ROWS_BATCH)["kl_to_ref_coeff"] == pytest.approx(0.5 * 0.4, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.kl_to_ref_coeff=0.8"], [0.8, 0.8]),
+        (["train.kl_to_ref_schedule.type=linear", "train.kl_to_ref_schedule.end=0.02"], [0.1, 0.06]),
+        (["train.kl_to_ref_schedule.type=cosine"], [0.1, 0.05]),
+        (["train.kl_to_ref_coeff=null"], [None, None]),
+        (["train.kl_to_ref_coeff=0"], [None, None]),
+    ],
+)
+def test_the_kl_schedule_of_the_configuration(overrides, expected, make_cfg):
+    learner = ei_utils.make_learner(make_cfg(*overrides), random_model(VOCABULARY), TOKENIZER)
+    learner.plan(2, until=1.0)
+    found = [learner.step(ROWS_BATCH).get("kl_to_ref_coeff") for _ in range(2)]
+    assert found == [value if value is None else pytest.approx(value, abs=1e-12) for value in expected]
 
 
 # --- bad steps ---

@@ -225,6 +225,46 @@ def test_minor_sft_slows_down_past_the_reference(tokenizer):
     assert gradients(model, minor.loss_sft).norm() < 1e-3 * gradients(model, sft.loss_sft).norm()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{"kl_to_ref_coeff": 0.7}, {"loss_function": "minor_sft"}])
+def test_importance_weights_multiply_what_each_response_adds_to_both_terms(tokenizer, options, reduction):
+    model, batch, weights = random_model(VOCABULARY), lazy_stack(make_rows()), torch.tensor([1.0, 0.5, 0.0, 0.25])
+    each = SFTLoss(model, tokenizer, reduction="none", **options)(batch)
+    loss_fn = SFTLoss(model, tokenizer, reduction=reduction, **options)
+    plain = loss_fn(batch)
+    batch["importance_weight"] = weights
+    output = loss_fn(batch)
+    over_responses = {"mean": torch.mean, "sum": torch.sum, "none": lambda values: values}[reduction]
+    torch.testing.assert_close(output.loss_sft, over_responses(weights * each.loss_sft), **TOLERANCE)
+    if "kl_to_ref_coeff" in options:
+        torch.testing.assert_close(output.loss_kl_to_ref, over_responses(weights * each.loss_kl_to_ref), **TOLERANCE)
+    assert torch.equal(output.kl_to_ref, plain.kl_to_ref)
+
+
+def test_a_weighted_loss_has_the_gradient_of_a_plain_computation(tokenizer):
+    model, rows, weights = random_model(VOCABULARY), make_rows(), [1.0, 0.5, 0.0, 0.25]
+    batch = lazy_stack([row.set("importance_weight", weight) for row, weight in zip(rows, weights, strict=True)])
+    output = SFTLoss(model, tokenizer, kl_to_ref_coeff=0.7)(batch)
+    plain = torch.zeros(())
+    for row, weight in zip(rows, weights, strict=True):
+        log_probs, k3 = plain_terms(model, row)
+        plain = plain + weight * (0.7 * k3.mean() - log_probs.mean()) / len(rows)
+    expected = gradients(model, plain)
+    found = gradients(model, output.loss_sft + output.loss_kl_to_ref)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("options", [{"kl_to_ref_coeff": 0.7}, {"loss_function": "minor_sft"}])
+def test_importance_weights_of_one_change_nothing(tokenizer, options):
+    model, batch = random_model(VOCABULARY), lazy_stack(make_rows())
+    loss_fn = SFTLoss(model, tokenizer, **options)
+    plain = loss_fn(batch)
+    batch["importance_weight"] = torch.ones(4)
+    output = loss_fn(batch)
+    assert torch.equal(output.loss_sft, plain.loss_sft)
+    assert torch.equal(output.sum(reduce=True), plain.sum(reduce=True))
+
+
 @pytest.mark.parametrize("coefficient", [None, 0.0])
 def test_kl_is_reported_without_gradient_where_it_is_no_term(tokenizer, coefficient):
     model, rows = random_model(VOCABULARY), make_rows()

@@ -3,106 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-import uuid
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_runs import REPO, SHORT, Run, shown, without_times
 
-REPO = Path(__file__).resolve().parent.parent
 GSM8K = REPO.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-# Wall-clock figures, which no two runs share.
-TIMES = ("_seconds", "_per_second")
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-
-class Run:
-    """A run of the script in a process of its own, and what it left behind."""
-
-    def __init__(self, run_dir, *overrides, cwd=None):
-        self.dir = Path(run_dir)
-        self._shared_memory_before = shared_memory()
-        self._mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                str(REPO / "expert-iteration-sync.py"),
-                "mode=sync",
-                "--config-name",
-                "ei_tiny",
-                f"hydra.run.dir={self.dir}",
-                *overrides,
-            ],
-            cwd=cwd,
-            # Every process that a run starts inherits this, whoever its parent is.
-            env=os.environ | {"EXPERT_ITERATION_TEST": self._mark, "WANDB_MODE": "offline"},
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait(self):
-        self.output, _ = self.process.communicate()
-        return self
-
-    def wait_for_line(self, text):
-        path = self.dir / "metrics.jsonl"
-        while not (path.exists() and text in path.read_text()):
-            assert self.process.poll() is None, self.process.communicate()[0]
-            time.sleep(0.2)
-
-    def weights_left(self):
-        """Weights in flight that were left in shared memory."""
-        return shared_memory() - self._shared_memory_before
-
-    @property
-    def summary(self):
-        return json.loads((self.dir / "summary.json").read_text())
-
-    @property
-    def metrics(self):
-        return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
-
-    def processes_left(self):
-        """Processes of this run that are still there (a killed one may take a moment to be gone)."""
-        deadline = time.monotonic() + 20
-        while (left := [process for process in psutil.process_iter() if self._owns(process)]) and (
-            time.monotonic() < deadline
-        ):
-            time.sleep(0.5)
-        return left
-
-    def _owns(self, process):
-        try:
-            return process.environ().get("EXPERT_ITERATION_TEST") == self._mark
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            return False
-
-
-def shared_memory():
-    return set(Path("/dev/shm").glob("expert-iteration-*"))
-
-
-def without_times(lines):
-    return [
-        {
-            name: value
-            for name, value in line.items()
-            if name != "time" and "/time/" not in name and not name.startswith("timeit/") and not name.endswith(TIMES)
-        }
-        for line in lines
-    ]
-
-
-def shown(lines, name):
-    return [line[name] for line in lines if name in line]
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +105,6 @@ def test_the_screen_shows_the_run_and_not_the_libraries(learned):
         assert noise not in learned.output
 
 
-@pytest.fixture(scope="module")
-def short_overrides():
-    return ("train.total_dialog_turns=256", "eval.num_prompts=20", "eval.frequency=0", "logging.backend=none")
-
-
 def test_one_seed_gives_one_run(learned, tmp_path):
     again = Run(tmp_path / "run", "train.total_dialog_turns=1024", "eval.frequency=2").wait()
     assert again.process.returncode == 0, again.output
@@ -256,8 +160,8 @@ def test_real_questions_train_where_a_reward_separates_responses(tmp_path):
     assert summary["max_probe_logprob_diff"] < 0.3
 
 
-def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, short_overrides):
-    run = Run(tmp_path / "run", *short_overrides, "train.total_dialog_turns=100000")
+def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path):
+    run = Run(tmp_path / "run", *SHORT, "train.total_dialog_turns=100000")
     run.wait_for_line("weights/policy_version")
     os.killpg(run.process.pid, signal.SIGINT)
     run.wait()
@@ -269,10 +173,10 @@ def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, short_overrid
     assert not run.weights_left()
 
 
-def test_a_failing_run_says_why_and_leaves_no_process(tmp_path, short_overrides):
+def test_a_failing_run_says_why_and_leaves_no_process(tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text("def fails(problems, responses):\n    raise ZeroDivisionError('no reward today')\n")
-    run = Run(tmp_path / "run", *short_overrides, f"reward.fn={reward}:fails").wait()
+    run = Run(tmp_path / "run", *SHORT, f"reward.fn={reward}:fails").wait()
     assert run.process.returncode == 1
     assert "no reward today" in run.output
     assert run.summary["status"] == "failed"

@@ -1,4 +1,4 @@
-"""`expert_iteration.schedule`: the learning rate over a number of optimizer steps that is not known beforehand."""
+"""`expert_iteration.schedule`: learning rate and KL coefficient over a number of steps not known beforehand."""
 
 import io
 import random
@@ -10,7 +10,14 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from expert_iteration.errors import UserError
-from expert_iteration.schedule import ProgressSchedule, create_cosine_scheduler_with_warmup, make_scheduler, plan
+from expert_iteration.schedule import (
+    KLSchedule,
+    ProgressSchedule,
+    create_cosine_scheduler_with_warmup,
+    make_scheduler,
+    plan,
+    progress,
+)
 
 # Factors are a few float64 operations on numbers of order 1.
 CLOSE = 1e-12
@@ -176,3 +183,57 @@ def test_what_makes_no_schedule_is_refused(arguments, words):
 def test_what_makes_no_plan_is_refused(num_steps, until):
     with pytest.raises(ValueError, match="plan"):
         ProgressSchedule("linear", 0, 10).plan(0, num_steps, until)
+
+
+# --- the KL coefficient ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("constant", [0.8, 0.8, 0.8, 0.8, 0.8]),
+        ("linear", [0.8, 0.65, 0.5, 0.35, 0.2]),
+        ("cosine", [0.8, 0.5 + 0.3 * 0.5**0.5, 0.5, 0.5 - 0.3 * 0.5**0.5, 0.2]),  # the cosines of 0, 45, .. 180 degrees
+    ],
+)
+def test_the_kl_coefficient_goes_from_start_to_end(shape, expected):
+    schedule = KLSchedule(start=0.8, end=0.2, shape=shape)
+    assert [schedule(quarter / 4) for quarter in range(5)] == pytest.approx(expected, abs=CLOSE)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_the_kl_coefficient_is_exact_at_both_ends_and_may_rise(shape):
+    # 0.1 and 0.7 are no binary fractions: start + (end - start) would miss the end by a rounding.
+    for start, end in ((0.7, 0.1), (0.1, 0.7), (0.3, 0.0)):
+        schedule = KLSchedule(start, end, shape)
+        assert (schedule(0.0), schedule(1.0)) == (start, end)
+        assert min(start, end) < schedule(0.5) < max(start, end)
+
+
+@pytest.mark.parametrize(("shape", "kl_shape"), [("linear", "linear"), ("cosine_with_warmup", "cosine")])
+def test_the_kl_coefficient_falls_with_a_learning_rate_of_the_same_shape(shape, kl_shape):
+    scheduler, schedule = make_scheduler(make_optimizer(), settings(shape, 0), 1000), KLSchedule(1.0, 0.0, kl_shape)
+    found, expected = [], []
+    for steps, until in ((3, 0.2), (0, 0.5), (4, 1.0)):
+        plan(scheduler, steps, until)
+        for _ in range(steps):
+            found.append(schedule(progress(scheduler)))
+            expected += rates(scheduler, 1)
+    assert found == expected
+    assert found[0] == 1.0
+    assert (schedule(progress(scheduler)), scheduler.get_last_lr()[0]) == (0.0, 0.0)
+
+
+def test_progress_does_not_wait_for_the_warm_up_or_need_a_schedule_of_rates():
+    for optimizer_settings in (settings("linear", 0.5), settings("linear", 2, enabled=False)):
+        scheduler = make_scheduler(make_optimizer(), optimizer_settings, 4)
+        found = []
+        for _ in range(5):
+            found.append(progress(scheduler))
+            rates(scheduler, 1)
+        assert found == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_an_unknown_shape_of_the_kl_coefficient_is_refused():
+    with pytest.raises(UserError, match=r"kl_to_ref_schedule\.type \('cosine_with_warmup'\).*constant, linear, cosine"):
+        KLSchedule(1.0, 0.0, "cosine_with_warmup")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import expert_iteration.screen
 from expert_iteration.screen import Progress, RemoteScreen, Screen
 
 
@@ -43,10 +44,24 @@ def test_the_bar_follows_the_batches_with_reward_and_kept_responses(screen):
     progress.log_metrics({"collector/rewards/mean": 0.12345}, step=0)
     assert screen.bars == []
     progress.log_metrics(collected(32, 30), step=0)
-    progress.log_metrics({"train/loss": 1.0}, step=1)
+    progress.log_metrics({"train/loss": 1.0, "optim_step": 3.0}, step=1)
     progress.log_metrics({"collector/rewards/mean": 0.5}, step=4)
     progress.log_metrics(collected(64, 60, turns=512, batch_kept=64), step=4)
-    assert screen.bars == [(256, {"reward": "0.123", "kept": "12"}), (512, {"reward": "0.500", "kept": "64"})]
+    assert screen.bars == [
+        (256, {"reward": "0.123", "kept": "12", "steps": "0"}),
+        (512, {"reward": "0.500", "kept": "64", "steps": "3"}),
+    ]
+
+
+def test_the_bar_shows_training_that_goes_on_without_a_batch_now_and_then(screen, monkeypatch):
+    progress = Progress(screen)
+    progress.log_metrics({"optim_step": 1.0}, step=1)
+    assert screen.bars == []  # nothing is collected yet
+    progress.log_metrics(collected(32, 30), step=1)
+    progress.log_metrics({"optim_step": 2.0}, step=2)  # shown a moment ago
+    monkeypatch.setattr(expert_iteration.screen, "SHOW_EVERY", 0.0)
+    progress.log_metrics({"optim_step": 3.0}, step=3)
+    assert [figures["steps"] for _, figures in screen.bars] == ["1", "3"]
 
 
 def test_evaluations_are_said(screen):

@@ -9,7 +9,14 @@ import pytest
 from expert_iteration.cli import compose_config
 from expert_iteration.config import Config
 from expert_iteration.resolve import resolve_config
-from expert_iteration.sizes import Sizes, derive_sizes, describe_sizes, optimizer_steps_of_batch
+from expert_iteration.sizes import (
+    Sizes,
+    batches_ahead,
+    derive_sizes,
+    describe_sizes,
+    due_gradient_steps,
+    optimizer_steps_of_batch,
+)
 
 
 @cache
@@ -17,10 +24,15 @@ def loaded(task: str, mode: str) -> Config:
     return resolve_config(compose_config(task, mode), mode)
 
 
-def sizes(task: str = "ei_tiny", mode: str = "sync", *, num_envs: int | None = None, **train: int) -> Sizes:
+def changed(task: str = "ei_tiny", mode: str = "sync", **train: int | None) -> Config:
     cfg = deepcopy(loaded(task, mode))
-    cfg.env.num_envs = num_envs or cfg.env.num_envs
     cfg.train = replace(cfg.train, **train)
+    return cfg
+
+
+def sizes(task: str = "ei_tiny", mode: str = "sync", *, num_envs: int | None = None, **train: int | None) -> Sizes:
+    cfg = changed(task, mode, **train)
+    cfg.env.num_envs = num_envs or cfg.env.num_envs
     return derive_sizes(cfg)
 
 
@@ -45,6 +57,19 @@ def test_sizes_of_gsm8k_async():
     assert got.buffer_size == 256
     assert got.max_gradient_steps == 391 * 32 // 4
     assert got.max_optimizer_steps == 391 * 32 // 16
+
+
+def test_the_buffer_of_an_asynchronous_run_holds_256_or_a_batch():
+    assert sizes(mode="async").buffer_size == 256
+    assert sizes(mode="async", topk_size=8, dialog_turns_per_batch=256).buffer_size == 256
+    assert sizes(mode="async", topk_size=8, dialog_turns_per_batch=264).buffer_size == 264
+    assert sizes(mode="async", buffer_size=64).buffer_size == 64
+
+
+def test_total_optimizer_steps_are_the_steps_of_an_asynchronous_run():
+    got = sizes(mode="async", total_optimizer_steps=100, gradient_accumulation_steps=3)
+    assert (got.max_gradient_steps, got.max_optimizer_steps) == (300, 100)
+    assert sizes(total_optimizer_steps=100).max_optimizer_steps == 128  # no meaning in sync mode
 
 
 def test_a_partial_accumulation_is_stepped_at_the_end_of_each_batch():
@@ -139,3 +164,81 @@ def test_sizes_are_described_with_their_arithmetic():
     ]
     cfg = loaded("ei_gsm8k", "sync")
     assert "100096 turns (rounded up from 100000) / 256 = 391 batches" in describe_sizes(derive_sizes(cfg), cfg)
+
+
+# --- pacing of the asynchronous mode ---
+
+
+def owed(batches: list[int], **train: int) -> list[int]:
+    """Gradient steps owed after each of the batches that kept so many responses."""
+    cfg = changed(mode="async", **train)
+    return [
+        due_gradient_steps(cfg, sum(batches[:done]), progress=done / len(batches))
+        for done in range(1, len(batches) + 1)
+    ]
+
+
+def test_kept_responses_owe_the_micro_batches_that_they_fill_and_at_the_end_the_last_one():
+    # 2 epochs in micro-batches of 16: 80 / 16, 126 / 16 = 7.9, the same again, 128 / 16, 130 / 16 = 8.1
+    assert owed([40, 23, 0, 1, 1]) == [5, 7, 7, 8, 9]
+    assert owed([40, 24]) == [5, 8]  # nothing is left over
+    assert owed([3], epochs=5) == [1]  # 15 draws
+    assert owed([0, 0]) == [0, 0]
+    assert due_gradient_steps(changed(mode="async"), 0, progress=0.0) == 0
+
+
+def test_total_optimizer_steps_are_owed_evenly_whatever_is_kept():
+    assert owed([64, 0, 1, 64], total_optimizer_steps=10) == [2, 5, 7, 10]
+    assert owed([64, 0, 1, 64], total_optimizer_steps=10, gradient_accumulation_steps=4) == [8, 20, 28, 40]
+    assert owed([64, 64, 64], total_optimizer_steps=2) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("total", [1, 98, 100, 782])
+@pytest.mark.parametrize("batches", [1, 3, 49, 391])  # 98 x (1 / 49) is just below 2
+def test_no_owed_optimizer_step_is_lost_to_rounding(total, batches):
+    exact = [total * done // batches for done in range(1, batches + 1)]
+    assert owed([1] * batches, total_optimizer_steps=total) == exact
+    assert exact[-1] == total
+
+
+@pytest.mark.parametrize("train", [{}, {"total_optimizer_steps": 50}, {"gradient_accumulation_steps": 3}])
+def test_what_a_full_run_owes_in_the_end_is_what_its_sizes_say(train):
+    got = sizes(mode="async", **train)
+    assert owed([got.max_kept_per_batch] * got.num_batches, **train)[-1] == got.max_gradient_steps
+
+
+@pytest.mark.parametrize(
+    ("train", "ahead"),
+    [
+        ({}, None),
+        ({"max_ahead": 32}, 1),
+        ({"max_ahead": 63}, 1),
+        ({"max_ahead": 64}, 2),
+        ({"deterministic": True}, 1),
+        ({"deterministic": True, "max_ahead": 64}, 1),
+        ({"max_ahead": 64, "total_dialog_turns": 128}, 4),  # one batch of 16 groups
+    ],
+)
+def test_collection_may_be_whole_batches_ahead(train, ahead):
+    assert batches_ahead(changed(mode="async", **train)) == ahead
+
+
+def described(**train: int) -> list[str]:
+    """The lines that asynchronous mode has for itself."""
+    cfg = changed(mode="async", **train)
+    return describe_sizes(derive_sizes(cfg), cfg)[3:]
+
+
+def test_asynchronous_sizes_are_described_with_their_arithmetic():
+    assert described() == [
+        "at most 64 kept a batch x 16 batches x 2 epochs / 16 a micro-batch -> at most 128 gradient steps; "
+        "1 to an optimizer step -> at most 128",
+        "buffer: 256 responses, the oldest make room",
+    ]
+    assert described(total_optimizer_steps=50, gradient_accumulation_steps=4, max_ahead=70) == [
+        "50 optimizer steps x 4 = 200 gradient steps; x 16 a micro-batch / (at most 64 kept a batch x 16 batches) -> "
+        "at least 3.12 epochs",
+        "buffer: 256 responses, the oldest make room",
+        "collection: at most 64 groups = 2 batches ahead of training",
+    ]
+    assert described(deterministic=True)[-1] == "collection: at most 32 groups = 1 batch ahead of training"

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from script_fakes import FakeCheckpointer, FakeEvaluator, FakeLearner, FakeMetrics, FakeWeightUpdater, only
 from tensordict import TensorDict
 
 from expert_iteration.actors import CollectedBatch
-from expert_iteration.learner import StepResult
 
 TURNS = 8
 
@@ -54,88 +54,6 @@ class FakeBuffer:
         return {"buffer/write_count": float(self.write_count)}
 
 
-class FakeLearner:
-    """Steps the optimizer at the end of each window, except where the window is bad."""
-
-    def __init__(self, events, accumulation, bad_at):
-        self.events, self.accumulation, self.bad_at = events, accumulation, bad_at
-        self.gradient_steps = self.optimizer_steps = self.responses_trained = self.last_step_at = self.window = 0
-        self.bad_steps, self.seconds = 0, 1.0
-
-    def plan(self, num_optimizer_steps, until):
-        self.events.append(f"plan {num_optimizer_steps} until {until:g}")
-
-    def step(self, batch):
-        self.gradient_steps += 1
-        self.window += 1
-        self.responses_trained += len(batch)
-        self.events.append(f"step {self.gradient_steps}")
-        return self.end_window() if self.window == self.accumulation else self.result(stepped=False)
-
-    def flush(self):
-        return self.end_window() if self.window else self.result(stepped=False)
-
-    def end_window(self):
-        self.window = 0
-        if self.gradient_steps in self.bad_at:
-            return self.result(stepped=False)
-        result = self.result(stepped=True)
-        self.last_step_at = self.gradient_steps
-        self.optimizer_steps += 1
-        self.events.append("optimizer step")
-        return result
-
-    def result(self, stepped):
-        return StepResult({"loss": 1.0}, stepped=stepped, step=self.gradient_steps, since=self.last_step_at)
-
-
-class FakeWeightUpdater:
-    def __init__(self, events):
-        self.events, self.pushes, self.policies = events, 0, []
-
-    policy_version = property(lambda self: self.pushes)
-
-    def push_weights(self, policy):
-        self.pushes += 1
-        self.policies.append(policy)
-        self.events.append("push")
-        return {"weights/policy_version": float(self.pushes)}
-
-
-class FakeEvaluator:
-    def __init__(self, events):
-        self.events = events
-
-    def evaluate(self, step):
-        self.events.append(f"evaluate at {step}")
-
-
-class FakeCheckpointer:
-    def __init__(self, events, learner):
-        self.events, self.learner = events, learner
-
-    def save(self):
-        assert self.learner.window == 0, "gradients of an open window are in no checkpoint"
-        self.events.append(f"checkpoint at {self.learner.gradient_steps}")
-
-
-class FakeMetrics:
-    def __init__(self):
-        self.logged, self.shown, self.drained, self.trained = [], [], [], []
-
-    def log(self, metrics, step):
-        self.logged.append((metrics, step))
-
-    def samples(self, rows, step, split):
-        self.shown.append((rows, step, split))
-
-    def drain(self, step):
-        self.drained.append(step)
-
-    def training(self, result, **extra):
-        self.trained.append((result.step, extra))
-
-
 @pytest.fixture
 def run(script, make_cfg):
     """A function that runs `train` on fakes and returns them; `kept` are the responses that each batch keeps."""
@@ -160,11 +78,6 @@ def run(script, make_cfg):
         return SimpleNamespace(events=events, **parts)
 
     return run
-
-
-def only(events, *kinds):
-    """The events that begin with one of these words."""
-    return [event for event in events if event.startswith(kinds)]
 
 
 # --- the three loops ---

@@ -8,6 +8,7 @@ import pytest
 import torch
 from builders import random_model
 
+from expert_iteration.engine import AppliedUpdate, OfferReport
 from expert_iteration.log_probs import token_log_probs
 from expert_iteration.weight_update import WeightMismatchError, WeightUpdater
 
@@ -36,19 +37,39 @@ def change(policy, seed=1):
 
 
 class Receiver:
-    """An engine that really loads the file: names it does not find stay as they are, as in vLLM."""
+    """An engine that really loads the file: names it does not find stay as they are, as in vLLM.
 
-    def __init__(self, model):
-        self.model = model
+    A busy one keeps the newest offer until `finish_generation`.
+    """
+
+    def __init__(self, model, busy=False):
+        self.model, self.busy = model, busy
         self.received, self.versions, self.timeouts, self.probes = [], [], [], 0
+        self.offer, self.applied, self.superseded = None, [], 0
 
-    def load_weights(self, update_info, version, timeout):
+    def offer_weights(self, update_info, version, probe, timeout):
+        self.timeouts.append(timeout)
+        if self.offer is not None:
+            Path(self.offer[0]["path"]).unlink()
+            self.superseded += 1
+        self.offer = update_info, version, probe
+        if not self.busy:
+            self.apply()
+        applied, self.applied = self.applied, []
+        return OfferReport(applied, self.superseded)
+
+    def apply(self):
+        (update_info, version, probe), self.offer = self.offer, None
         weights = torch.load(update_info["path"], weights_only=True)
+        Path(update_info["path"]).unlink()
         self.received.append(weights)
         self.versions.append(version)
-        self.timeouts.append(timeout)
+        self.load(weights)
+        scores = None if probe is None else self.token_log_probs(probe)
+        self.applied.append(AppliedUpdate(version, 0.25, 0.5, scores))
+
+    def load(self, weights):
         self.model.load_state_dict(weights, strict=False)
-        return {"wait_seconds": 0.25, "load_seconds": 0.5}
 
     @torch.no_grad()
     def token_log_probs(self, sequences):
@@ -118,7 +139,7 @@ def test_every_push_is_a_new_version_for_engine_and_metrics(policy, receiver, tm
 
 def test_a_push_reports_how_long_it_took_and_waited(policy, receiver, tmp_path):
     metrics = make_updater(receiver, tmp_path).push_weights(policy)
-    assert metrics["weights/wait_seconds"] == 0.25
+    assert (metrics["weights/wait_seconds"], metrics["weights/load_seconds"]) == (0.25, 0.5)
     assert metrics["weights/push_seconds"] > 0
 
 
@@ -129,7 +150,7 @@ def test_nothing_stays_in_the_directory(policy, receiver, tmp_path):
 
 
 class DeafReceiver(Receiver):
-    def load_weights(self, update_info, version, timeout):
+    def offer_weights(self, update_info, version, probe, timeout):
         assert Path(update_info["path"]).exists()
         raise TimeoutError(f"did not take version {version} within {timeout:g} s")
 
@@ -148,6 +169,70 @@ def test_a_push_leaves_the_policy_in_the_mode_it_was_in(policy, receiver, tmp_pa
         policy.train(training)
         assert updater.push_weights(policy)["weights/probe_diff"] < CLOSE
         assert policy.training == training
+
+
+# --- an engine that is busy ---
+
+
+def test_a_push_to_a_busy_engine_returns_and_what_became_of_it_comes_with_a_later_one(policy, receiver, tmp_path):
+    updater = make_updater(receiver, tmp_path)
+    updater.verify_start(policy)
+    receiver.busy = True
+    change(policy)
+    first = updater.push_weights(policy)
+    assert receiver.received == []
+    assert not {"weights/wait_seconds", "weights/engine_version", "weights/probe_diff"} & first.keys()
+    assert (first["weights/policy_version"], updater.policy_version) == (1.0, 1)
+    receiver.apply()  # its generation is over
+    change(policy, seed=2)
+    second = updater.push_weights(policy)
+    # The probe compared the first push's weights with what the trainer held then, not with what it holds now.
+    assert second["weights/probe_diff"] < CLOSE
+    assert (second["weights/policy_version"], second["weights/engine_version"]) == (2.0, 1.0)
+    assert second["weights/wait_seconds"] == 0.25
+
+
+def test_the_newest_push_takes_the_place_of_one_that_waits(policy, receiver, tmp_path):
+    updater = make_updater(receiver, tmp_path)
+    updater.verify_start(policy)
+    receiver.busy = True
+    superseded = []
+    for seed in range(3):
+        change(policy, seed)
+        superseded.append(updater.push_weights(policy)["weights/superseded"])
+        assert len(list(tmp_path.iterdir())) == 1
+    assert superseded == [0.0, 1.0, 2.0]
+    receiver.busy = False
+    change(policy, seed=4)
+    metrics = updater.push_weights(policy)
+    assert receiver.versions == [4]
+    assert (metrics["weights/engine_version"], metrics["weights/superseded"]) == (4.0, 3.0)
+    assert metrics["weights/probe_diff"] < CLOSE
+
+
+def test_weights_that_a_busy_engine_got_wrong_are_found_at_the_next_push(policy, receiver, tmp_path):
+    updater = make_updater(receiver, tmp_path, ForgetfulUpdater)
+    updater.verify_start(policy)
+    receiver.busy = True
+    change(policy)
+    updater.push_weights(policy)
+    receiver.apply()
+    with pytest.raises(WeightMismatchError, match=r"version 1 of 2.*expected but not sent: lm_head\.weight"):
+        updater.push_weights(policy)
+
+
+def test_the_probe_goes_on_looking_until_an_engine_has_answered(policy, receiver, tmp_path):
+    updater = make_updater(receiver, tmp_path)
+    updater.verify_start(policy)
+    receiver.busy = True
+    for seed in range(2):
+        change(policy, seed)
+        updater.push_weights(policy)
+        assert receiver.offer[2] == PROBE
+    receiver.apply()
+    updater.push_weights(policy)  # brings the answer
+    updater.push_weights(policy)
+    assert receiver.offer[2] is None
 
 
 # --- when the probe looks ---
@@ -187,7 +272,7 @@ def test_a_change_too_small_to_see_does_not_end_the_looking(policy, receiver, tm
     updater = make_updater(receiver, tmp_path, tolerance=0.05)
     updater.verify_start(policy)
     deaf = receiver.model.state_dict()  # what an engine that ignores every push goes on with
-    receiver.load_weights = lambda update_info, version, timeout: {"wait_seconds": 0.0}
+    receiver.load = lambda weights: None
     with pytest.raises(WeightMismatchError):
         push_small_changes(updater, policy, times=200)
     assert all(torch.equal(value, deaf[name]) for name, value in receiver.model.state_dict().items())
@@ -243,7 +328,7 @@ def test_the_error_names_the_worst_token_its_log_probs_and_the_tolerance(policy,
     # 2 and 1 apart at two tokens, over all tokens that have a log-prob.
     assert f"differ by {3 / sum(len(ids) - 1 for ids in PROBE):.2g} in the mean" in text
     assert "weight_update.probe_tolerance is 0.05 (engine torch.float32, trainer torch.float32)" in text
-    assert "version 0, push 0" in text
+    assert "(version 0 of 0)" in text
     assert "expected but not sent: none" in text
 
 

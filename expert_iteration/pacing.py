@@ -1,0 +1,109 @@
+"""How asynchronous training keeps step with collection: as many gradient steps as belong to what was collected.
+
+Sampling from a buffer could go on for ever. What is collected decides how long it does: each response that is kept owes
+`train.epochs` draws on average, or each part of the run its part of `train.total_optimizer_steps`. Training waits when
+it has made what is owed, and ends when it has and nothing more is to come.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from expert_iteration.config import Config
+from expert_iteration.sizes import due_gradient_steps
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+    from expert_iteration.actors import BackgroundCollector, CollectedBatch
+    from expert_iteration.learner import Learner
+    from expert_iteration.metrics import Metrics
+    from expert_iteration.replay_buffer import BufferReader
+
+
+class Debt:
+    """The gradient steps that are owed, all in all, after each batch that was collected.
+
+    Args:
+        cfg: reads what `due_gradient_steps` does.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self._cfg = cfg
+        self._responses_kept = 0
+        self._owed: list[int] = []
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps owed so far, those that are made already included."""
+        return self._owed[-1] if self._owed else 0
+
+    @property
+    def batches(self) -> int:
+        """Batches that owe them."""
+        return len(self._owed)
+
+    def add(self, batch: CollectedBatch) -> None:
+        """Another batch was collected."""
+        self._responses_kept += batch.responses_kept
+        self._owed.append(due_gradient_steps(self._cfg, self._responses_kept, batch.progress))
+
+    def batches_worked_off(self, gradient_steps: int) -> int:
+        """Batches, from the first on, of which everything is made after so many steps."""
+        return bisect_right(self._owed, gradient_steps)
+
+
+def paced_batches(
+    cfg: Config, collector: BackgroundCollector, replay_buffer: BufferReader, learner: Learner, metrics: Metrics
+) -> Iterator[TensorDictBase]:
+    """A micro-batch whenever a gradient step is owed, until the run's are made; waits for the collector otherwise.
+
+    Between two micro-batches, what has been collected meanwhile is taken note of: its records are logged, and the
+    schedule learns how many optimizer steps share the progress it makes. Where nothing in the buffer is young enough
+    (`train.max_policy_age`) no step is made: collection goes on, whatever `train.max_ahead` says, and is waited for.
+
+    Raises:
+        TimeoutError: nothing to train on came for `train.collection_timeout` seconds.
+        ProcessDiedError: the collector, or what it needs, is dead.
+    """
+    debt = Debt(cfg)
+    starved = said = False
+    since = time.monotonic()
+    while True:
+        worked_off = debt.batches if starved else debt.batches_worked_off(learner.gradient_steps)
+        for data in collector.arrived(worked_off):
+            debt.add(data)
+            metrics.drain(learner.gradient_steps)
+            learner.plan(_optimizer_steps_to_come(cfg, debt, learner), until=data.progress)
+            if len(replay_buffer):
+                since = time.monotonic()
+        owed = debt.steps - learner.gradient_steps
+        batch = replay_buffer.sample() if owed > 0 else None
+        starved = owed > 0 and batch is None
+        if batch is not None:
+            yield batch
+            since = time.monotonic()
+        elif collector.finished:
+            break
+        else:
+            if starved and not said:
+                collector.say(f"note: {_nothing_young_enough(cfg)}; waiting for new ones")
+                said = True
+            collector.wait(since)
+    if starved:
+        collector.say(f"note: {owed} gradient steps were not made: {_nothing_young_enough(cfg)}")
+
+
+def _optimizer_steps_to_come(cfg: Config, debt: Debt, learner: Learner) -> int:
+    """Optimizer steps that end from now on, one for the window that is open included."""
+    accumulation = cfg.train.gradient_accumulation_steps
+    return -(-debt.steps // accumulation) - learner.gradient_steps // accumulation
+
+
+def _nothing_young_enough(cfg: Config) -> str:
+    if cfg.train.max_policy_age is None:
+        return "no response was kept"
+    return f"no response in the buffer is at most {cfg.train.max_policy_age} pushes old (train.max_policy_age)"

@@ -1,0 +1,66 @@
+"""Waiting for other processes: what died is named, and no wait is silent or endless."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+SAY_EVERY = 60.0
+
+
+class ProcessDiedError(RuntimeError):
+    """A process of the run has died; says which, and where its output is."""
+
+
+def get_from(process: str, reference: Any, timeout: float | None = None) -> Any:
+    """`ray.get` of a call to the actor that runs `process` ("engine", "collector", ...).
+
+    Raises:
+        ProcessDiedError: the actor is dead.
+        ray.exceptions.GetTimeoutError: no answer within `timeout` seconds.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+
+    try:
+        return ray.get(reference, timeout=timeout)
+    except RayActorError as error:
+        raise ProcessDiedError(f"The {process}'s process has died (logs/{process}.log): {error}") from error
+
+
+class Waiting:
+    """Waits for responses, says so every minute, and gives up after a while.
+
+    Args:
+        timeout: seconds (`train.collection_timeout`).
+        say: shows a line to the user.
+        diagnose: what the other side does meanwhile, in a few words.
+    """
+
+    def __init__(self, timeout: float, say: Callable[[str], None], diagnose: Callable[[], str]) -> None:
+        self.timeout = timeout
+        self.say = say
+        self._diagnose = diagnose
+
+    def wait(self, reference: Any, since: float) -> None:
+        """Return once the call behind `reference` has ended.
+
+        Args:
+            reference: of a Ray call.
+            since: `time.monotonic()` from which on there was nothing to train on.
+
+        Raises:
+            TimeoutError: there was nothing for `timeout` seconds.
+        """
+        import ray
+
+        while not ray.wait([reference], timeout=max(0.0, min(SAY_EVERY, since + self.timeout - time.monotonic())))[0]:
+            waited = time.monotonic() - since
+            if waited >= self.timeout:
+                raise TimeoutError(
+                    f"There was no response to train on for {waited:.0f} s (train.collection_timeout="
+                    f"{self.timeout:g}): {self._diagnose()}. Raise train.collection_timeout if it is only slow, or "
+                    "lower train.dialog_turns_per_batch or inference_model.max_tokens."
+                )
+            self.say(f"still waiting for responses after {waited:.0f} s: {self._diagnose()}")
