@@ -35,6 +35,7 @@ class ExpertReplayBuffer(ReplayBuffer):
         # Beside the rows, so that no statistic unpickles or stacks the ragged storage. Rewards are the sampler's.
         self._lengths = torch.zeros(capacity)
         self._policy_versions = torch.zeros(capacity, dtype=torch.int64)
+        self._evicted_below = 0  # no live row is of an older policy version
         self._dropped_too_old = 0
 
     def __len__(self) -> int:
@@ -51,7 +52,9 @@ class ExpertReplayBuffer(ReplayBuffer):
         # Of more rows than there are slots the last ones stay, and an index that names a slot twice writes either.
         slots, rows = index[-len(self._lengths) :], data.unbind(0)[-len(self._lengths) :]
         self._lengths[slots] = torch.tensor([float(len(row["tokens", "response"])) for row in rows])
-        self._policy_versions[slots] = torch.tensor([row["policy_version"].item() for row in rows])
+        versions = [row["policy_version"].item() for row in rows]
+        self._policy_versions[slots] = torch.tensor(versions)
+        self._evicted_below = min(self._evicted_below, *versions)
         rewards = [row["next", "reward"].item() for row in rows]
         self._sampler.write(slots, torch.tensor(rewards, dtype=torch.float64))
         return index
@@ -80,6 +83,9 @@ class ExpertReplayBuffer(ReplayBuffer):
 
     def evict_older_than(self, version: int) -> int:
         """Never draw responses of an older policy version again; returns how many there were."""
+        if version <= self._evicted_below:  # as of most draws, which then cost nothing that grows with the capacity
+            return 0
+        self._evicted_below = version
         old = (self._sampler.live & (self._policy_versions < version)).nonzero()[:, 0]
         self._sampler.drop(old)
         self._dropped_too_old += len(old)
@@ -128,6 +134,7 @@ class ExpertReplayBuffer(ReplayBuffer):
             self._storage.set(slot, TensorDict(row))
         self._lengths.copy_(state_dict["_lengths"])
         self._policy_versions.copy_(state_dict["_policy_versions"])
+        self._evicted_below = 0
         self._dropped_too_old = state_dict["_dropped_too_old"]
         self._iterator = None
 

@@ -89,18 +89,15 @@ class RewardPrioritizedSampler(Sampler):
     Attributes:
         rewards: float64 [capacity], of what is or was last in each slot.
         live: bool [capacity].
+        num_live: rows that can be drawn.
     """
 
     def __init__(self, capacity: int, *, alpha: float, epsilon: float, beta: float = 0.0) -> None:
         self.alpha, self.epsilon, self.beta = alpha, epsilon, beta
         self.rewards = torch.zeros(capacity, dtype=torch.float64)
         self.live = torch.zeros(capacity, dtype=torch.bool)
+        self.num_live = 0
         self._ranking: _Ranking | None = None
-
-    @property
-    def num_live(self) -> int:
-        """Rows that can be drawn."""
-        return int(self.live.sum())
 
     def write(self, index: torch.Tensor, rewards: torch.Tensor) -> None:
         """Note what was written, and that it may be drawn from now on.
@@ -120,7 +117,7 @@ class RewardPrioritizedSampler(Sampler):
 
     def drop(self, index: torch.Tensor) -> None:
         """Never draw the rows in these slots (int64 [N]) again."""
-        # Dropping nothing, as most calls do, leaves the sums of priorities as they are.
+        # Dropping nothing leaves the sums of priorities as they are.
         if len(index):
             self.live[index] = False
             self._note_change(index)
@@ -147,7 +144,7 @@ class RewardPrioritizedSampler(Sampler):
 
     def can_sample(self, storage: Any, batch_size: int) -> bool:
         """Whether any row is live."""
-        return bool(self.live.any())
+        return self.num_live > 0
 
     def state_dict(self) -> dict[str, Any]:
         """Rewards and what is live; not what configures the sampler."""
@@ -157,7 +154,7 @@ class RewardPrioritizedSampler(Sampler):
         """Continue from `state_dict` of a sampler of the same capacity."""
         self.rewards.copy_(state_dict["rewards"])
         self.live.copy_(state_dict["live"])
-        self._ranking = None
+        self._forget_ranking()
 
     def dumps(self, path: str | Path) -> None:
         """Write the state into a folder, which is made where it is missing."""
@@ -173,7 +170,11 @@ class RewardPrioritizedSampler(Sampler):
         self.drop(self.live.nonzero()[:, 0])
 
     def _note_change(self, index: torch.Tensor) -> None:
+        self._forget_ranking()
+
+    def _forget_ranking(self) -> None:
         self._ranking = None
+        self.num_live = int(self.live.sum())
 
     def _rank(self) -> _Ranking:
         if self._ranking is None:
@@ -182,7 +183,7 @@ class RewardPrioritizedSampler(Sampler):
 
     def _compute_ranking(self) -> _Ranking:
         slots = self.live.nonzero()[:, 0]
-        if not len(slots):
+        if not self.num_live:
             raise RuntimeError("There is nothing to draw: no row of the buffer is live.")
         priorities = reward_priorities(self.rewards[slots], self.alpha, self.epsilon)
         return _Ranking(slots, priorities, priorities.cumsum(0), priorities[priorities > 0].min())

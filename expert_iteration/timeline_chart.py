@@ -94,9 +94,7 @@ def draw_timeline(timeline: Timeline) -> list[Picture]:
     if excerpt == whole(timeline):
         return [Picture("What each process did", "The whole run.", draw_excerpt(timeline, excerpt))]
     return [
-        Picture(
-            "What each process did", f"An excerpt of the run's middle: {excerpt}.", draw_excerpt(timeline, excerpt)
-        ),
+        Picture("What each process did", f"An excerpt from the middle: {excerpt}.", draw_excerpt(timeline, excerpt)),
         Picture("Shares over the run", "Dotted: where the excerpt lies.", draw_shares(timeline, excerpt)),
     ]
 

@@ -15,9 +15,7 @@ import numpy as np
 
 from expert_iteration.timeline import (
     ACTIVITIES,
-    COLLECTING,
     COLLECTOR,
-    ENGINE,
     EVALUATING,
     GENERATING,
     LOADING_WEIGHTS,
@@ -101,7 +99,7 @@ class Timeline:
     def shares(self, process: str) -> dict[str, float]:
         """The share of each activity of a process, and of the time in which it did none of them."""
         shares = {activity: self.share(activity) for activity in ACTIVITIES[process]}
-        return {**shares, IDLE: max(0.0, 1.0 - sum(shares.values()))}
+        return {**shares, IDLE: 1.0 - sum(shares.values())}
 
 
 def build_timeline(lines: Mapping[str, Iterable[Mapping[str, Any]]]) -> Timeline | None:
@@ -116,16 +114,14 @@ def build_timeline(lines: Mapping[str, Iterable[Mapping[str, Any]]]) -> Timeline
     recorded = {
         process: [Span(row["start"], row["end"], row["activity"]) for row in rows] for process, rows in lines.items()
     }
-    collections = [span.start for span in recorded.get(COLLECTOR, ()) if span.activity == COLLECTING]
-    start = min(collections, default=math.inf)
+    start = min((span.start for span in recorded.get(COLLECTOR, ())), default=math.inf)
     end = max((span.end for span in recorded.get(TRAINER, ())), default=-math.inf)
     if end <= start:
         return None
     found: dict[str, list[Span]] = {activity: [] for activities in ACTIVITIES.values() for activity in activities}
     for spans in recorded.values():
         for span in make_disjoint(spans):
-            if start < span.end and span.start < end:
-                found[span.activity].append(span)
+            found[span.activity].append(span)
     return Timeline(end - start, {activity: _clip(spans, start, end) for activity, spans in found.items()})
 
 
@@ -150,37 +146,36 @@ def describe_limit(timeline: Timeline, sync: bool) -> str:
     """What limits the run, in a sentence.
 
     1. The trainer pushed, evaluated or saved for longer than it trained, and than it waited for data: that limits.
-    2. The trainer waited for data and the engine stood idle while the trainer trained, both notably (`NOTABLE`), and
-       either for longer than generation and training overlapped: they take turns.
-    3. Otherwise the longer of the two says it, if it is notable: what the trainer waited for limits, or training does.
+    2. The trainer waited for data, and collection stood still while the trainer trained, both notably (`NOTABLE`) and
+       both for longer than they went on at once: they take turns.
+    3. Otherwise the longer of these two waits says it, if it is notable: what the trainer waited for, or training.
     4. Neither is notable: both kept pace.
+
+    Whether the engine is idle does not count: it is, too, where the collector does not feed it fast enough.
 
     Args:
         timeline: of the run.
         sync: whether the run is synchronous (`train.sync`), for the remedy.
     """
     waited, training = timeline.share(WAITING_FOR_DATA), timeline.share(TRAINING)
-    engine_idle = training - sum(timeline.share_of_both(activity, TRAINING) for activity in ACTIVITIES[ENGINE])
-    longest = max(UPKEEP, key=timeline.share)
-    if timeline.share(longest) > max(waited, training):
+    at_once = sum(timeline.share_of_both(activity, TRAINING) for activity in ACTIVITIES[COLLECTOR])
+    stood_still = training - at_once
+    upkeep = max(UPKEEP, key=timeline.share)
+    if timeline.share(upkeep) > max(waited, training):
         return (
-            f"The trainer spent {percent(timeline.share(longest))} of the time {longest}, longer than training or "
-            f"waiting for data: {UPKEEP[longest]} would help most."
+            f"The trainer spent {percent(timeline.share(upkeep))} of the time {upkeep}, longer than training or "
+            f"waiting for data: {UPKEEP[upkeep]} would help most."
         )
-    if min(waited, engine_idle) >= max(NOTABLE, timeline.share_of_both(GENERATING, TRAINING)):
+    if min(waited, stood_still) >= max(NOTABLE, at_once):
         return (
-            f"Generation and training take turns: the trainer waited for data {percent(waited)} of the time, and the "
-            f"engine stood idle {percent(engine_idle)} of it while the trainer trained ({OVERLAP_REMEDY[sync]})."
+            f"Generation and training take turns: the trainer waited for data {percent(waited)} of the time, and "
+            f"generation for the trainer {percent(stood_still)} of it ({OVERLAP_REMEDY[sync]})."
         )
-    if max(waited, engine_idle) < NOTABLE:
-        return (
-            f"Generation and training kept pace: neither waited for the other {percent(NOTABLE)} of the time or more."
-        )
-    if waited >= engine_idle:
+    if max(waited, stood_still) < NOTABLE:
+        return f"Generation and training kept pace: neither waited for the other for {percent(NOTABLE)} of the time."
+    if waited >= stood_still:
         return f"The trainer waited for data {percent(waited)} of the time: {_awaited(timeline)} limits this run."
-    return (
-        f"The engine stood idle {percent(engine_idle)} of the time while the trainer trained: training limits this run."
-    )
+    return f"Generation waited for the trainer {percent(stood_still)} of the time: training limits this run."
 
 
 def percent(share: float) -> str:
@@ -196,7 +191,7 @@ def _awaited(timeline: Timeline) -> str:
 
 
 def _clip(spans: Sequence[Span], start: float, end: float) -> Spans:
-    """Disjoint spans, what lies outside of the window cut off."""
+    """Disjoint spans within the window; of one that lies outside remains a span of no length."""
     bounds = np.array([(span.start, span.end) for span in spans], dtype=np.float64).reshape(-1, 2)
     starts, ends = np.clip(bounds, start, end).T - start
     return Spans(starts, ends)

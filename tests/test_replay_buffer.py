@@ -283,6 +283,15 @@ def test_what_is_too_old_is_counted_once_and_in_no_other_statistic():
     assert buffer.statistics()["buffer/dropped_too_old"] == 0.0
 
 
+def test_a_row_that_is_too_old_when_it_is_written_is_evicted_too():
+    buffer = buffer_of_three_ages()
+    assert len(buffer.draw(2)) == BATCH
+    buffer.extend(make_rows(7, version=1))
+    buffer.extend(make_rows(8, version=3))
+    assert buffer.evict_older_than(2) == 1
+    assert buffer.statistics()["buffer/reward"] == (3 + 4 + 8) / 3
+
+
 def test_the_place_of_what_was_too_old_is_taken_by_new_rows():
     buffer = buffer_of_three_ages(capacity=5, alpha=0.0)
     buffer.evict_older_than(2)
@@ -312,8 +321,8 @@ def test_a_reader_follows_the_policy():
     pushed = []
     reader = BufferReader(buffer_of_three_ages(), max_policy_age=1, policy_version=lambda: len(pushed))
     for size, dropped in [(5, 0.0), (5, 0.0), (3, 2.0), (2, 3.0), (0, 5.0)]:
-        assert (reader.sample() is not None) == (size > 0)
         assert len(reader) == size
+        assert (reader.sample() is not None) == (size > 0)
         assert reader.statistics()["buffer/dropped_too_old"] == dropped
         pushed.append("weights")
 
@@ -377,6 +386,16 @@ def test_a_restored_buffer_goes_on_as_the_saved_one_would_have(make):
     assert go_on(restored) == go_on(buffer)
 
 
+def test_a_buffer_restored_between_passes_begins_the_next_whatever_it_was_in_the_middle_of():
+    buffer, restored = make_buffer(), make_buffer()
+    for other in (buffer, restored):
+        other.extend(make_rows(*range(7)))
+    one_pass_by_next(buffer)
+    restored.next()
+    restored.load_state_dict(buffer.state_dict())
+    assert every_row(one_pass_by_next(restored)) == list(range(7))
+
+
 # --- as configured ---
 
 
@@ -388,14 +407,17 @@ def test_the_configuration_decides_how_the_synchronous_buffer_passes(make_cfg, o
     assert (sampler.alpha, sampler.epsilon, sampler.beta, len(sampler.live)) == (alpha, 0.01, 0.0, 12)
 
 
-@pytest.mark.parametrize(("prioritized", "alpha"), [(True, 0.7), (False, 0.0)])
-def test_the_configuration_decides_how_the_asynchronous_buffer_draws(make_cfg, prioritized, alpha):
-    cfg = make_cfg()
-    cfg.train.sync, cfg.train.prioritized_sampling = False, prioritized
-    cfg.train.prioritized_sampling_alpha, cfg.train.prioritized_sampling_beta = 0.7, 0.3
-    sampler = ei_utils.make_sampler(cfg, 12)()
+@pytest.mark.parametrize(
+    ("overrides", "alpha", "beta"),
+    [
+        (["train.prioritized_sampling_alpha=0.7", "train.prioritized_sampling_beta=0.3"], 0.7, 0.3),
+        (["train.prioritized_sampling=false"], 0.0, 0.0),
+    ],
+)
+def test_the_configuration_decides_how_the_asynchronous_buffer_draws(make_cfg, overrides, alpha, beta):
+    sampler = ei_utils.make_sampler(make_cfg(*overrides, mode="async"), 12)()
     assert type(sampler) is RewardPrioritizedSampler
-    assert (sampler.alpha, sampler.epsilon, sampler.beta, len(sampler.live)) == (alpha, 1e-6, 0.3, 12)
+    assert (sampler.alpha, sampler.epsilon, sampler.beta, len(sampler.live)) == (alpha, 1e-6, beta, 12)
 
 
 # --- behind Ray ---

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_iteration.charts import CHARTS, MAX_POINTS, Point, collect_series, draw, thin
+from expert_iteration.charts import CHARTS, MAX_POINTS, Point, collect_series, draw, draw_all, thin
 from expert_iteration.metrics import Metrics
 from expert_iteration.report import (
     describe_selection,
@@ -18,6 +18,7 @@ from expert_iteration.report import (
     read_samples,
     write_report,
 )
+from expert_iteration.run_directory import timeline_file
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = {"pass@1": 0.3275, "greedy": 0.44, "reward": 0.451, "pass@k": 0.75, "k": 4.0, "num_prompts": 1319.0}
@@ -69,12 +70,38 @@ def write_run(run_dir, summary=SUMMARY, config=CONFIG):
         metrics.log({"collector/rewards/mean": 0.4 + 0.1 * batch, "collector/response_length/mean": 250.0}, step=batch)
         metrics.log({"selection/batch_kept": 40 - 10 * batch}, step=batch)
         metrics.log({"train/loss": 1.0, "train/loss_sft": 0.9, "train/kl_to_ref": 0.1}, step=batch + 1)
+        metrics.log({"train/policy_age": 0.5 * batch, "train/max_policy_age": batch}, step=batch + 1)
     metrics.log({"eval/pass@1": 0.7775, "eval/greedy": 0.87}, step=4)
     metrics.samples(evaluation(good=3), step=4, split="heldout")
     metrics.close()
     (run_dir / "summary.json").write_text(json.dumps(summary))
     (run_dir / ".hydra").mkdir()
     (run_dir / ".hydra" / "config.yaml").write_text(config)
+
+
+def write_timeline(run_dir, num_batches):
+    """Of a synchronous run: 6 s of generation that are waited for, 3 s of training, 1 s of pushing, and so on."""
+    spans = {"engine": [], "collector": [], "trainer": []}
+    for start in range(1_700_000_000, 1_700_000_000 + 10 * num_batches, 10):
+        spans["engine"].append(("generating", start, start + 6))
+        spans["collector"].append(("collecting", start, start + 6))
+        spans["trainer"] += [
+            ("waiting for data", start, start + 6),
+            ("training", start + 6, start + 9),
+            ("pushing weights", start + 9, start + 10),
+        ]
+    for process, found in spans.items():
+        lines = [json.dumps({"activity": activity, "start": start, "end": end}) for activity, start, end in found]
+        path = Path(timeline_file(run_dir, process))
+        path.parent.mkdir(exist_ok=True)
+        # The process was killed while it wrote its last line.
+        path.write_text("\n".join([*lines, '{"activity": "train']))
+
+
+def list_figures(page):
+    """Titles of the figures of a page that have a picture."""
+    figures = re.findall(r"<figure>\s*<h3>(.*?)</h3>(.*?)</figure>", page.read_text(), flags=re.DOTALL)
+    return [title for title, content in figures if "<svg" in content]
 
 
 def read_text(path):
@@ -104,11 +131,64 @@ def test_the_page_says_what_happened(tmp_path):
 def test_the_page_shows_every_curve_with_its_ends(tmp_path):
     write_run(tmp_path)
     page = write_report(tmp_path)
-    assert page.read_text().count("<svg") == len(CHARTS)
+    assert list_figures(page) == [chart.title for chart in CHARTS if chart.title != "KL coefficient"]
     text = read_text(page)
     for caption in ("pass@1 (sampled) 0.328 → 0.777", "greedy 0.44 → 0.87", "reward 0.4 → 0.7", "length 250 → 250"):
         assert caption in text
     assert "kept 40 → 10" in text
+    assert "mean 0 → 1.5 ■ oldest 0 → 3" in text
+
+
+def test_the_kl_coefficient_is_shown_when_it_changes(tmp_path):
+    write_run(tmp_path)
+    metrics = Metrics(tmp_path, loggers=[], logging_frequency=1)
+    metrics.log({"train/kl_to_ref_coeff": 0.1}, step=1)
+    metrics.log({"train/kl_to_ref_coeff": 0.1}, step=2)
+    assert "KL coefficient" not in list_figures(write_report(tmp_path))
+    metrics.log({"train/kl_to_ref_coeff": 0.05}, step=3)
+    page = write_report(tmp_path)
+    assert "KL coefficient" in list_figures(page)
+    assert "coefficient 0.1 → 0.05" in read_text(page)
+
+
+def test_what_does_not_change_is_drawn_all_the_same():
+    series = {name: [Point(1, 0.5), Point(2, 0.5)] for chart in CHARTS for name in chart.curves}
+    drawn = [figure.chart.title for figure in draw_all(series) if figure.curves]
+    assert drawn == [chart.title for chart in CHARTS if chart.title != "KL coefficient"]
+
+
+def test_the_page_says_where_the_time_went(tmp_path):
+    write_run(tmp_path)
+    write_timeline(tmp_path, num_batches=4)
+    page = write_report(tmp_path)
+    assert list_figures(page)[:2] == ["What each process did", "Held-out accuracy"]
+    text = read_text(page)
+    assert "Generation and training take turns: the trainer waited for data 60% of the time" in text
+    assert "(train.sync_iter=false or the asynchronous script would overlap them)" in text
+    assert "engine ■ generating 60% idle 40% collector ■ collecting 60% idle 40%" in text
+    assert "trainer ■ training 30% ■ pushing weights 10% ▬ waiting for data 60% overlap" in text
+    assert "overlap generating while training 0% (0 s)" in text
+    assert "Shares of the 40 s from the start of the first collection" in text
+    assert "The whole run." in text
+
+
+def test_the_remedy_is_that_of_the_mode(tmp_path):
+    write_run(tmp_path, config=CONFIG.replace("train: {", "train: {sync: false, "))
+    write_timeline(tmp_path, num_batches=4)
+    assert "(train.deterministic=false or a larger train.max_ahead would" in read_text(write_report(tmp_path))
+
+
+def test_a_long_run_shows_an_excerpt_and_the_whole(tmp_path):
+    write_run(tmp_path)
+    write_timeline(tmp_path, num_batches=100)
+    page = write_report(tmp_path)
+    assert list_figures(page)[:3] == ["What each process did", "Shares over the run", "Held-out accuracy"]
+    assert "An excerpt from the middle: 460.0 to 540.0 seconds." in read_text(page)
+
+
+def test_a_run_without_a_timeline_has_no_section_of_it(tmp_path):
+    write_run(tmp_path)
+    assert "Where the time went" not in write_report(tmp_path).read_text()
 
 
 def test_the_page_shows_samples_and_escapes_them(tmp_path):
@@ -124,6 +204,7 @@ def test_the_page_shows_samples_and_escapes_them(tmp_path):
 
 def test_the_page_needs_nothing_else(tmp_path):
     write_run(tmp_path)
+    write_timeline(tmp_path, num_batches=100)
     page = write_report(tmp_path).read_text()
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {
         "http://www.w3.org/2000/svg",
@@ -135,6 +216,7 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 def test_the_same_run_gives_the_same_page(tmp_path):
     write_run(tmp_path)
+    write_timeline(tmp_path, num_batches=100)
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
 
 
@@ -159,7 +241,7 @@ def test_an_empty_run_directory_has_a_page(tmp_path):
     assert "Not in the run directory: metrics.jsonl, samples.jsonl, summary.json, .hydra/config.yaml." in text
     assert "unfinished" in text
     assert "No evaluation on held-out prompts." in text
-    assert text.count("No data:") == len(CHARTS)
+    assert text.count("No data:") == len(CHARTS) - 1  # the KL coefficient has no place of its own
     assert "Status: unfinished" in print_summary(tmp_path)
 
 
@@ -194,6 +276,13 @@ def test_the_control_is_called_one():
 def test_facts_leave_out_what_the_summary_lacks():
     summary = {"mode": "async", "seconds": 12.0, "seconds_to_first_optimizer_step": None, "groups_seen": 3}
     assert list_facts(summary) == [("Mode", "async"), ("Duration", "12 s")]
+
+
+def test_responses_too_old_are_told_when_there_are_any():
+    summary = {"responses_kept": 2000, "responses_too_old": 1312}
+    assert list_facts(summary) == [("Kept", "2,000 responses, 1,312 too old to be trained on")]
+    assert list_facts({**summary, "responses_too_old": 0}) == [("Kept", "2,000 responses")]
+    assert list_facts({"responses_kept": 0}) == [("Kept", "0 responses")]
 
 
 def test_samples_are_the_first_and_the_last_evaluation_of_five_prompts(tmp_path):
