@@ -21,7 +21,8 @@ from torchrl._utils import timeit
 
 from expert_iteration import schedule, timeline
 from expert_iteration.errors import UserError
-from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY, SFTLoss
+from expert_iteration.loss import SFTLoss
+from expert_iteration.row_keys import RESPONSE_MASK_KEY, TOKENS_KEY
 
 
 class StepResult(dict[str, float]):

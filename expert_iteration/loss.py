@@ -19,10 +19,7 @@ from torchrl.objectives.llm.sft import SFTLossOutput, minor_sft_loss, sft_loss
 
 from expert_iteration.errors import UserError
 from expert_iteration.log_probs import pad_rows, token_log_probs
-from expert_iteration.sampler import IMPORTANCE_WEIGHT_KEY
-
-TOKENS_KEY = ("tokens", "full")
-RESPONSE_MASK_KEY = ("masks", "all_assistant_mask")
+from expert_iteration.row_keys import IMPORTANCE_WEIGHT_KEY, RESPONSE_MASK_KEY, TOKENS_KEY
 
 LOSS_FUNCTIONS = ("sft", "minor_sft")
 REDUCTIONS = ("mean", "sum", "none")

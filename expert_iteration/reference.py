@@ -10,7 +10,7 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs.llm.transforms import RetrieveLogProb as TorchRLRetrieveLogProb
 from torchrl.envs.transforms import Transform
 
-from expert_iteration.loss import RESPONSE_MASK_KEY, TOKENS_KEY
+from expert_iteration.row_keys import RESPONSE_MASK_KEY, TOKENS_KEY
 
 Scorer = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 

@@ -65,7 +65,9 @@ def _run_on_ray(cfg: Config, train: Train, task: Task, run_dir: Path, screen: Sc
         options = process_options(
             cfg.train_model.num_threads or default_threads(cfg), allocation["train_model_devices"]
         )
-        process = ray.remote(max_retries=0)(train_process).options(**options | given(cfg.ray.train_handler_config))
+        # One call, after which the process exits by itself; Ray would kill it, before what it registered for its exit.
+        remote = ray.remote(max_retries=0, max_calls=1)(train_process)
+        process = remote.options(**options | given(cfg.ray.train_handler_config))
         _follow(process.remote(cfg, train, task, run_dir, allocation, RemoteScreen(queue), started), queue, screen)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torchrl.data.replay_buffers.samplers import Sampler
 
-IMPORTANCE_WEIGHT_KEY = "importance_weight"
+from expert_iteration.row_keys import IMPORTANCE_WEIGHT_KEY
 
 
 def reward_priorities(rewards: torch.Tensor, alpha: float, epsilon: float) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import psutil
 import pytest
@@ -27,7 +28,7 @@ def learned(tmp_path_factory, warm_tiny_model):
 
 
 def spans(run, process, activity):
-    lines = [json.loads(line) for line in open(timeline_file(run.dir, process)).readlines()]
+    lines = [json.loads(line) for line in Path(timeline_file(run.dir, process)).read_text().splitlines()]
     return [(line["start"], line["end"]) for line in lines if line["activity"] == activity]
 
 

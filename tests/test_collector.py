@@ -8,13 +8,14 @@ import torch
 from tensordict import is_leaf_nontensor
 from torchrl.data import LazyStackStorage
 
-from expert_iteration.collector import ROW_KEYS, ExpertCollector
+from expert_iteration.collector import ExpertCollector
 from expert_iteration.engine import Completion, Sampling
 from expert_iteration.environment import make_task_env
 from expert_iteration.models import chat_prompt_ids
 from expert_iteration.policy import EnginePolicy
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.replay_buffer import ExpertReplayBuffer
+from expert_iteration.row_keys import STORED_KEYS
 from expert_iteration.sampler import RewardPrioritizedPass
 from expert_iteration.selection import TopKRewardSelector
 from expert_iteration.tasks import Problem, Task
@@ -144,7 +145,7 @@ def test_a_row_holds_what_the_buffer_keeps_and_the_reference_says_and_no_more(ti
     parts = make_collector(tiny_tokenizer)
     collect(parts)
     assert set(stored(parts)[0].keys(True, True, is_leaf=is_leaf_nontensor)) == {
-        *ROW_KEYS,
+        *STORED_KEYS,
         ("next", "ref_log_probs", "full"),
     }
 

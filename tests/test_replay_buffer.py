@@ -24,9 +24,9 @@ def make_rows(*names, version=0):
         [
             TensorDict(
                 {
-                    "name": torch.tensor(name),
                     "policy_version": torch.tensor(version),
                     ("tokens", "response"): torch.arange(name + 1),
+                    ("tokens", "full"): torch.arange(name + 3),
                     ("next", "reward"): torch.tensor([float(name)]),
                     ("text", "response"): f"text {name}",
                 }
@@ -51,8 +51,12 @@ def make_drawn_buffer(**options):
     return make_buffer(kind=RewardPrioritizedSampler, **{"epsilon": 0.2} | options)
 
 
+def name_of(row):
+    return int(row["next", "reward"])
+
+
 def names(batch):
-    return [int(row["name"]) for row in batch.unbind(0)]
+    return [name_of(row) for row in batch.unbind(0)]
 
 
 def one_pass(buffer):
@@ -114,14 +118,24 @@ def test_emptying_ends_a_pass_that_was_broken_off():
     assert [len(batch) for batch in one_pass_by_next(buffer)] == [3, 3, 1]
 
 
-def test_rows_come_back_as_they_were_written():
+def test_what_is_trained_of_a_row_comes_back_as_it_was_written_and_the_rest_stays():
     buffer = make_buffer()
     buffer.extend(make_rows(4, 2))
     (batch,) = buffer
     for row in batch.unbind(0):
-        name = int(row["name"])
-        assert row["tokens", "response"].tolist() == list(range(name + 1))
-        assert row["text", "response"] == f"text {name}"
+        assert row["tokens", "full"].tolist() == list(range(name_of(row) + 3))
+        assert set(row.keys(True, True)) == {("tokens", "full"), ("next", "reward"), "policy_version"}
+    for row in buffer[:].unbind(0):
+        assert row["text", "response"] == f"text {name_of(row)}"
+
+
+def test_what_is_done_to_a_batch_does_not_reach_the_buffer():
+    buffer = make_buffer()
+    buffer.extend(make_rows(4))
+    (batch,) = buffer
+    batch[0]["tokens", "full"].zero_()
+    (again,) = buffer
+    assert again[0]["tokens", "full"].tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("run", [one_pass, one_pass_by_next])
@@ -217,10 +231,9 @@ def test_a_draw_is_a_micro_batch_of_rows_as_they_were_written():
     batches = [buffer.draw(0) for _ in range(50)]
     assert {len(batch) for batch in batches} == {BATCH}
     rows = list(chain.from_iterable(batch.unbind(0) for batch in batches))
-    assert {int(row["name"]) for row in rows} == {1, 5}
+    assert {name_of(row) for row in rows} == {1, 5}
     for row in rows:
-        assert row["text", "response"] == f"text {row['name']}"
-        assert len(row["tokens", "response"]) == row["name"] + 1
+        assert len(row["tokens", "full"]) == name_of(row) + 3
         assert "importance_weight" not in row
 
 
@@ -231,7 +244,7 @@ def test_drawn_rows_carry_their_importance_weight_and_stored_ones_do_not():
     for _ in range(50):
         batch = buffer.draw(0)
         assert batch["importance_weight"].shape == (BATCH,)
-        found |= {int(row["name"]): row["importance_weight"].item() for row in batch.unbind(0)}
+        found |= {name_of(row): row["importance_weight"].item() for row in batch.unbind(0)}
     assert found == pytest.approx({1: 1.0, 5: 1.8 / 5.8})
     assert all("importance_weight" not in row for row in buffer[:].unbind(0))
 
@@ -380,7 +393,7 @@ def test_a_restored_buffer_goes_on_as_the_saved_one_would_have(make):
     restored.next()
     restored.load_state_dict(state)
     for row, original in zip(restored[:].unbind(0), buffer[:].unbind(0), strict=True):
-        assert row["text", "response"] == original["text", "response"] == f"text {original['name']}"
+        assert row["text", "response"] == original["text", "response"] == f"text {name_of(original)}"
         assert row["tokens", "response"].tolist() == original["tokens", "response"].tolist()
         assert row["policy_version"] == original["policy_version"]
     assert go_on(restored) == go_on(buffer)

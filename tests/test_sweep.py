@@ -2,16 +2,19 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from whole_runs import SHORT, Run
+from whole_runs import SHORT, Run, without_times
 
 from expert_iteration.cli import launch
 from expert_iteration.errors import UserError
-from expert_iteration.report import read_summary
+from expert_iteration.report import read_jsonl, read_summary
 from expert_iteration.sweep import COLUMNS, EVALUATIONS, FIGURES, group_of
 
 SWEEP = ["--config-name", "ei_tiny", "hydra.sweep.dir=sweep", "--multirun"]
@@ -246,26 +249,84 @@ def test_a_failed_job_holds_nothing_that_the_next_needs(here):
 # --- real sweeps ---
 
 
+def start_sweep(sweep_dir, *overrides):
+    return Run(sweep_dir / "0", *SHORT, "--multirun", f"hydra.sweep.dir={sweep_dir}", *overrides)
+
+
+def wait_for_rows(sweep, sweep_dir, count):
+    """Waits until so many jobs have ended; returns the processes that were seen meanwhile."""
+    seen = set()
+    while not ((sweep_dir / "sweep.csv").exists() and len(read_rows(sweep_dir)) == count):
+        assert sweep.process.poll() is None, sweep.process.communicate()[0]
+        seen.update(sweep.processes())
+        time.sleep(0.2)
+    return seen
+
+
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
-def test_a_job_runs_after_one_that_failed_in_the_middle(tmp_path, warm_tiny_model):
+def test_a_job_runs_on_a_free_machine_after_one_that_failed_in_the_middle(tmp_path, warm_tiny_model):
     reward = tmp_path / "reward.py"
-    # Fails in the first of the two jobs, once everything is started.
+    # Fails in the first of the two jobs only, with everything started.
     reward.write_text(
-        "import os\n\nMARK = __file__ + '.failed'\n\n\n"
+        "from pathlib import Path\n\n\n"
         "def score(problems, responses):\n"
-        "    if not os.path.exists(MARK):\n        open(MARK, 'w').close()\n"
-        "        raise ZeroDivisionError('no reward today')\n"
-        "    return [float(len(set(text))) for text in responses]\n"
+        "    try:\n"
+        "        Path(__file__).with_name('failed').touch(exist_ok=False)\n"
+        "    except FileExistsError:\n"
+        "        return [float(len(set(text))) for text in responses]\n"
+        "    raise ZeroDivisionError('no reward today')\n"
     )
     sweep_dir = tmp_path / "sweep"
-    arguments = ("--multirun", f"hydra.sweep.dir={sweep_dir}", "train.topk_size=1,2", f"reward.fn={reward}:score")
-    run = Run(tmp_path / "run", *SHORT, *arguments).wait()
-    assert run.process.returncode == 1, run.output
+    sweep = start_sweep(sweep_dir, "train.topk_size=1,2", f"reward.fn={reward}:score")
+    seen = wait_for_rows(sweep, sweep_dir, 1)
+    assert len(seen) > 4  # the trainer, the engine, the collector, the reference and what belongs to Ray
+    assert [process for process in seen & set(sweep.processes()) if process.pid != sweep.process.pid] == []
+    sweep.wait()
+    assert sweep.process.returncode == 1, sweep.output
     failed, completed = read_rows(sweep_dir)
-    assert (failed["status"], completed["status"]) == ("failed", "completed"), run.output
+    assert (failed["status"], completed["status"]) == ("failed", "completed"), sweep.output
     assert failed["error"] == "ZeroDivisionError: no reward today"
     assert completed["after_reward"] == str(read_summary(sweep_dir / "1")["eval"]["after"]["reward"])
-    assert re.search(r"0 +train.topk_size=1 +failed", run.output)
-    assert run.processes_left() == []
-    assert not run.weights_left()
+    assert re.search(r"0 +train.topk_size=1 +failed", sweep.output)
+    assert sweep.processes_left() == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(1200)
+def test_a_sweep_over_selection_and_penalty_gives_the_runs_it_is_made_of(tmp_path, warm_tiny_model):
+    sweep_dir = tmp_path / "sweep"
+    sweep = start_sweep(sweep_dir, "train.topk_size=1,2", "train.kl_to_ref_coeff=0.1,0.5").wait()
+    assert sweep.process.returncode == 0, sweep.output
+    rows = read_rows(sweep_dir)
+    assert [row["status"] for row in rows] == ["completed"] * 4
+    for row in rows:
+        evaluations = read_summary(Path(row["run_dir"]))["eval"]
+        assert [row[f"{when}_{figure}"] for when in EVALUATIONS for figure in FIGURES] == [
+            str(evaluations[when][figure]) for when in EVALUATIONS for figure in FIGURES
+        ]
+    metrics = [without_times(read_jsonl(sweep_dir / str(job) / "metrics.jsonl")) for job in range(4)]
+    assert all(metrics[job] != metrics[other] for job in range(4) for other in range(job))
+    # The last job is what the same command gives alone: nothing of the first three has reached it.
+    alone = Run(tmp_path / "alone", *SHORT, "train.topk_size=2", "train.kl_to_ref_coeff=0.5").wait()
+    assert without_times(alone.metrics) == metrics[3]
+    assert sweep.processes_left() == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_ctrl_c_in_a_later_job_ends_the_sweep_with_its_table(tmp_path, warm_tiny_model):
+    sweep_dir = tmp_path / "sweep"
+    sweep = start_sweep(sweep_dir, "seed=1,2,3")
+    wait_for_rows(sweep, sweep_dir, 1)
+    while not (sweep_dir / "1" / "metrics.jsonl").exists():
+        assert sweep.process.poll() is None, sweep.process.communicate()[0]
+        time.sleep(0.2)
+    os.killpg(sweep.process.pid, signal.SIGINT)
+    sweep.wait()
+    assert sweep.process.returncode == 130, sweep.output
+    assert [row["status"] for row in read_rows(sweep_dir)] == ["completed", "interrupted"]
+    assert re.search(r"1 +seed=2 +interrupted", sweep.output)
+    assert sweep.processes_left() == []
