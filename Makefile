@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 SEED   ?= 0
+MODE   ?= sync
 TORCH  := $(shell sed -n 's/^torch==//p' requirements_cpu.txt)
 # PyTorch's CPU build is not on PyPI; where pip's own sources do not have it, PyTorch's index does. The fallback is not
 # listed as an extra index, because an unreachable one costs minutes of retries for every package.
@@ -36,8 +37,8 @@ $(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
 	touch $@
 
 .PHONY: demo
-demo: install  ## train the tiny model by expert iteration and show what it learned (SEED=n)
-	$(BIN)/python expert-iteration-sync.py mode=sync --config-name ei_tiny seed=$(SEED) tiny.model_seed=$(SEED)
+demo: install  ## train the tiny model by expert iteration and show what it learned (SEED=n, MODE=async)
+	$(BIN)/python expert-iteration-$(MODE).py mode=$(MODE) --config-name ei_tiny seed=$(SEED) tiny.model_seed=$(SEED)
 
 .PHONY: test
 test: $(VENV)/.installed-tests  ## run the default and the vllm tests, with coverage

@@ -27,7 +27,7 @@ from expert_iteration.actors import (
     ReferenceClient,
 )
 from expert_iteration.cluster import default_threads, given, process_options, start_actor
-from expert_iteration.config import Config, InferenceBackend
+from expert_iteration.config import Config, InferenceBackend, Selection
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
 from expert_iteration.models import load_model, load_tokenizer, model_path
@@ -267,7 +267,9 @@ def make_sampler(cfg: Config, capacity: int) -> Callable[[], RewardPrioritizedSa
     from expert_iteration.sampler import RewardPrioritizedPass, RewardPrioritizedSampler
 
     train = cfg.train
-    alpha = train.prioritized_sampling_alpha if train.prioritized_sampling else 0.0
+    # Drawn by reward, the random control would be selected after all, and learn.
+    by_reward = train.prioritized_sampling and train.selection is not Selection.random
+    alpha = train.prioritized_sampling_alpha if by_reward else 0.0
     epsilon = train.prioritized_sampling_epsilon
     if train.sync:
         return partial(RewardPrioritizedPass, capacity, alpha=alpha, epsilon=epsilon)

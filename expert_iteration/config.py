@@ -160,7 +160,8 @@ class TrainConfig:
     topk_size: int
     """At most so many responses of a group are kept."""
     selection: Selection
-    """`above_median`: the best, strictly above the group's lower median; `random`: as many, from the same groups."""
+    """`above_median`: the best, strictly above the group's lower median; `random`: as many, from the same groups, and
+    drawn evenly for training."""
     buffer_size: int | None
     """Responses that the buffer holds; null: one batch of kept responses in sync mode, 256 (or a batch's kept responses
     if they are more) in async mode, where new responses take the places of the oldest."""

@@ -15,6 +15,7 @@ from expert_iteration.config import (
     LoggingMode,
     LossFunction,
     OptimizerName,
+    Selection,
 )
 from expert_iteration.config import SchedulerType as Shape
 from expert_iteration.devices import count_accelerators
@@ -116,6 +117,11 @@ TABLE: tuple[Idle, ...] = (
         PRIORITY_KEYS,
         lambda cfg: not cfg.train.prioritized_sampling,
         "train.prioritized_sampling=false draws evenly.",
+    ),
+    *_rows_of(
+        ("train.prioritized_sampling", *PRIORITY_KEYS),
+        lambda cfg: cfg.train.selection is Selection.random,
+        "train.selection=random, the control, is drawn evenly too: by reward it would be selected after all.",
     ),
     *_rows_of(
         PRIORITY_KEYS[1:],

@@ -10,9 +10,13 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def choose_directory(run_dir: Path, num_bytes: int) -> Path:
-    """A new directory for weights in flight: in shared memory if two versions fit there, else in the run directory."""
+    """A new directory for weights in flight: in shared memory if they fit there, else in the run directory.
+
+    At most three versions are there at once: one that the engine is loading, one that waits, and one that is written to
+    take its place.
+    """
     in_memory, on_disk = _candidates(run_dir)
-    fits = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * num_bytes
+    fits = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 3 * num_bytes
     directory = in_memory if fits else on_disk
     directory.mkdir(parents=True, exist_ok=True)
     return directory

@@ -58,6 +58,10 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
     ],
     ("train.prioritized_sampling_beta=0.5", [], ASYNC, "draws every response once"),
     *[
+        (f"train.prioritized_sampling{override}", [*ASYNC, "train.selection=random"], ASYNC, "the control")
+        for override in ("=true", "_alpha=0.5", "_beta=0.5", "_epsilon=0.05")
+    ],
+    *[
         ("train.kl_to_ref_schedule.end=0.01", mode, [*mode, f"train.kl_to_ref_schedule.type={shape}"], "type=constant")
         for mode in ([], ASYNC)
         for shape in ("linear", "cosine")

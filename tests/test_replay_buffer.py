@@ -412,7 +412,9 @@ def test_a_buffer_restored_between_passes_begins_the_next_whatever_it_was_in_the
 # --- as configured ---
 
 
-@pytest.mark.parametrize(("override", "alpha"), [("", 0.8), ("train.prioritized_sampling=false", 0.0)])
+@pytest.mark.parametrize(
+    ("override", "alpha"), [("", 0.8), ("train.prioritized_sampling=false", 0.0), ("train.selection=random", 0.0)]
+)
 def test_the_configuration_decides_how_the_synchronous_buffer_passes(make_cfg, override, alpha):
     cfg = make_cfg(*filter(None, ["train.prioritized_sampling_epsilon=0.01", override]))
     sampler = ei_utils.make_sampler(cfg, 12)()
@@ -425,6 +427,7 @@ def test_the_configuration_decides_how_the_synchronous_buffer_passes(make_cfg, o
     [
         (["train.prioritized_sampling_alpha=0.7", "train.prioritized_sampling_beta=0.3"], 0.7, 0.3),
         (["train.prioritized_sampling=false"], 0.0, 0.0),
+        (["train.selection=random"], 0.0, 0.0),  # drawn by reward the control would learn
     ],
 )
 def test_the_configuration_decides_how_the_asynchronous_buffer_draws(make_cfg, overrides, alpha, beta):

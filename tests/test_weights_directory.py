@@ -25,8 +25,8 @@ def set_free(tmp_path, monkeypatch):
     return set_free
 
 
-@pytest.mark.parametrize(("free", "fits"), [(2 * NUM_BYTES + 1, True), (2 * NUM_BYTES, False)])
-def test_weights_pass_through_shared_memory_if_two_versions_fit_there(tmp_path, set_free, free, fits):
+@pytest.mark.parametrize(("free", "fits"), [(3 * NUM_BYTES + 1, True), (3 * NUM_BYTES, False)])
+def test_weights_pass_through_shared_memory_if_three_versions_fit_there(tmp_path, set_free, free, fits):
     memory, run_dir = set_free(free), tmp_path / "run"
     directory = choose_directory(run_dir, NUM_BYTES)
     assert directory.is_dir()
