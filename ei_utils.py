@@ -296,7 +296,7 @@ def get_collector_client(
     """The trainer's view of the collector: batch after batch, or in the background.
 
     Args:
-        cfg: the `train` section.
+        cfg: decides which, and how many batches.
         actor: from `start_collector`.
         replay_buffer: a client of the buffer, for the collector to write into.
         waiting: how to wait for a batch.

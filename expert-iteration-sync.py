@@ -78,7 +78,7 @@ def train(
             after(last)
         if cfg.train.empty_replay_buffer:
             replay_buffer.empty(empty_write_count=False)
-        if cfg.train.weight_update_frequency is None:
+        if cfg.train.weight_update_frequency is None and pushed_at < learner.optimizer_steps:
             push_weights()
     if pushed_at < learner.optimizer_steps:
         push_weights()

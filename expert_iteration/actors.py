@@ -84,16 +84,20 @@ class CollectorClient:
         self._waiting = waiting
 
     def __iter__(self) -> Iterator[CollectedBatch]:
+        since, num_empty = time.monotonic(), 0
         for index in range(self._num_batches):
             if index == 0 or not self._overlap:
                 collected = self._actor.collect.remote()
             with _waiting_for_data():
-                self._waiting.wait(collected, since=time.monotonic())
+                self._waiting.wait(collected, since, kept_nothing(num_empty))
             get_from("collector", collected)
             batch = get_from("collector", self._actor.write.remote(self._replay_buffer))
             if self._overlap and index + 1 < self._num_batches:
                 collected = self._actor.collect.remote()
             yield batch
+            num_empty = 0 if batch.responses_kept else num_empty + 1
+            if batch.responses_kept:
+                since = time.monotonic()
 
 
 class BackgroundCollector:
@@ -130,37 +134,48 @@ class BackgroundCollector:
 
     def start(self) -> None:
         """Begin to collect."""
-        self._call(worked_off=0)
+        self.go_on(worked_off=0)
 
-    def arrived(self, worked_off: int) -> list[CollectedBatch]:
-        """The batches whose rows came to lie in the buffer since the last call. Does not wait.
-
-        Args:
-            worked_off: batches of which training has made all that it owes them; how far collection may go on.
-        """
+    def arrived(self) -> list[CollectedBatch]:
+        """The batches whose rows came to lie in the buffer since the last call. Does not wait."""
         import ray
 
         batches = []
         while self._calls and ray.wait([self._calls[0]], timeout=0)[0]:
             self.latest = get_from("collector", self._calls.popleft())
             batches.append(self.latest)
-        self._call(worked_off)
         return batches
 
-    def wait(self, since: float) -> None:
-        """Return when another batch has arrived; see `Waiting.wait`."""
+    def go_on(self, worked_off: int) -> None:
+        """Allow collection to go on, as far ahead of what was worked off as it may.
+
+        Args:
+            worked_off: batches of which training has made all that it owes them.
+        """
+        allowed = min(self._num_batches, worked_off + self._batches_ahead)
+        while self._num_called < allowed and len(self._calls) < self.QUEUED:
+            self._calls.append(self._actor.collect_and_write.remote(self._replay_buffer))
+            self._num_called += 1
+
+    def wait(self, since: float, why: str | None = None) -> None:
+        """Return when another batch has arrived, which is on its way; see `Waiting.wait`."""
+        assert self._calls, "nothing was allowed to be collected that could arrive"
         with _waiting_for_data():
-            self._waiting.wait(self._calls[0], since)
+            self._waiting.wait(self._calls[0], since, why)
 
     def say(self, text: str) -> None:
         """Show a line to the user."""
         self._waiting.say(text)
 
-    def _call(self, worked_off: int) -> None:
-        allowed = min(self._num_batches, worked_off + self._batches_ahead)
-        while self._num_called < allowed and len(self._calls) < self.QUEUED:
-            self._calls.append(self._actor.collect_and_write.remote(self._replay_buffer))
-            self._num_called += 1
+
+def kept_nothing(num_batches: int) -> str | None:
+    """Why there is nothing to train on where so many batches came in vain; None for 0."""
+    if not num_batches:
+        return None
+    return (
+        f"{num_batches} batches came meanwhile and none of their responses was kept (selection/* in metrics.jsonl). A "
+        "finer reward, more env.repeats or other prompts tell responses apart"
+    )
 
 
 @contextmanager

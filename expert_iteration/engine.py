@@ -5,7 +5,7 @@
 meta tensors of a half-finished update, and a response must not mix two sets of weights.
 
 New weights are *offered*: whoever offers them does not wait for a generation in flight. They are loaded at once when
-the engine is idle, else before the next generation begins; the newest offer takes the place of one that still waits.
+the engine is idle then, else before the next generation begins; the newest takes the place of one that still waits.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from expert_iteration import timeline
 from expert_iteration.config import InferenceModelConfig
 from expert_iteration.models import end_of_turn_id, load_tokenizer
-from expert_iteration.remote import get_from
+from expert_iteration.remote import Waiting, get_from
 from expert_iteration.screen import redirect_output
 
+# Both answer while a generation runs: an actor's other calls queue behind it.
 HEALTH_GROUP = "health"
 WEIGHTS_GROUP = "weights"
-# Both answer while a generation runs: an actor's other calls queue behind it.
 HEALTH_SECONDS = 10.0
 CONCURRENCY_GROUPS = {HEALTH_GROUP: 1, WEIGHTS_GROUP: 1}
 
@@ -61,7 +61,7 @@ class AppliedUpdate(NamedTuple):
     """What became of a weight offer that was loaded."""
 
     version: int
-    wait_seconds: float  # from the offer until the generation in flight was over
+    wait_seconds: float  # from the offer until it was loaded: for a generation in flight, and for the next to begin
     load_seconds: float
     probe_scores: list[list[float]] | None  # log-probs of the offer's probe under the new weights
 
@@ -223,6 +223,10 @@ class VLLMEngine:
                 self._apply_offer()
             finally:
                 self._gate.release()
+        return self.report()
+
+    def report(self) -> OfferReport:
+        """What became of the weights that were offered, since the last report."""
         with self._offer_lock:
             applied, self._applied = self._applied, []
             return OfferReport(applied, self._superseded)
@@ -268,6 +272,7 @@ class EngineClient:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
+        self.waiting: Waiting | None = None  # how to wait for samples; None: silently
 
     @property
     def generate(self) -> Any:
@@ -278,7 +283,7 @@ class EngineClient:
         """Wait for the engine to load its model, and say so every `every` seconds.
 
         Raises:
-            ray.exceptions.ActorDiedError: it failed to.
+            ProcessDiedError: it failed to.
         """
         import ray
 
@@ -289,8 +294,11 @@ class EngineClient:
         self._get(reference)
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
-        """See `VLLMEngine.sample`."""
-        return self._get(self.actor.sample.remote(prompts, sampling, seed))
+        """See `VLLMEngine.sample`; raises TimeoutError as `waiting` says."""
+        reference = self.actor.sample.remote(prompts, sampling, seed)
+        if self.waiting is not None:
+            self.waiting.wait(reference, since=time.monotonic())
+        return self._get(reference)
 
     def token_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """See `VLLMEngine.token_log_probs`."""
@@ -314,6 +322,10 @@ class EngineClient:
                 f"The engine did not load weights version {version} within weight_update.timeout={timeout:g} s "
                 "(logs/engine.log). Raise weight_update.timeout if it is only slow."
             ) from error
+
+    def report(self) -> OfferReport:
+        """See `VLLMEngine.report`."""
+        return self._get(self.actor.report.options(concurrency_group=WEIGHTS_GROUP).remote())
 
     def version(self) -> int:
         """See `VLLMEngine.version`."""

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 UNSCOPED = ("learning_rate", "optim_step")  # the published scripts' names, kept without a scope
 # Where the run stands, not what a step measured: of several gradient steps the last one's counts.
-CUMULATIVE = ("learning_rate", "optim_step", "train/data_read_count", "train/bad_steps", "buffer/write_count")
+CUMULATIVE = (
+    "learning_rate",
+    "optim_step",
+    "train/kl_to_ref_coeff",
+    "train/data_read_count",
+    "train/bad_steps",
+    "buffer/write_count",
+    "buffer/dropped_too_old",
+)
+MAXIMA = ("train/max_policy_age",)
 
 
 class RunLogger(Protocol):
@@ -149,10 +158,16 @@ def stopwatch() -> Callable[[], float]:
 
 
 def summarize(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One record for many: each name's mean over the records that have it, or its last value if it is cumulative."""
+    """One record for many: each name's mean over the records that have it, or its last (CUMULATIVE) or greatest one."""
     names = dict.fromkeys(name for record in records for name in record)
     values = {name: [record[name] for record in records if name in record] for name in names}
-    return {name: found[-1] if name in CUMULATIVE else mean_of(found) for name, found in values.items()}
+    return {name: _summarize(name, found) for name, found in values.items()}
+
+
+def _summarize(name: str, values: Sequence[float]) -> float:
+    if name in CUMULATIVE:
+        return values[-1]
+    return max(values) if name in MAXIMA else mean_of(values)
 
 
 def mean_of(values: Iterable[float]) -> float:

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from expert_iteration.actors import kept_nothing
 from expert_iteration.config import Config
 from expert_iteration.sizes import due_gradient_steps
 
@@ -70,29 +71,31 @@ def paced_batches(
         ProcessDiedError: the collector, or what it needs, is dead.
     """
     debt = Debt(cfg)
-    starved = said = False
+    num_empty, said = 0, False
     since = time.monotonic()
     while True:
-        worked_off = debt.batches if starved else debt.batches_worked_off(learner.gradient_steps)
-        for data in collector.arrived(worked_off):
+        for data in collector.arrived():
             debt.add(data)
             metrics.drain(learner.gradient_steps)
             learner.plan(_optimizer_steps_to_come(cfg, debt, learner), until=data.progress)
+            num_empty += 1
             if len(replay_buffer):
-                since = time.monotonic()
+                since, num_empty = time.monotonic(), 0
         owed = debt.steps - learner.gradient_steps
         batch = replay_buffer.sample() if owed > 0 else None
         starved = owed > 0 and batch is None
+        collector.go_on(debt.batches if starved else debt.batches_worked_off(learner.gradient_steps))
         if batch is not None:
             yield batch
-            since = time.monotonic()
+            since, num_empty = time.monotonic(), 0
         elif collector.finished:
             break
         else:
+            why = _nothing_young_enough(cfg) if starved else kept_nothing(num_empty)
             if starved and not said:
-                collector.say(f"note: {_nothing_young_enough(cfg)}; waiting for new ones")
+                collector.say(f"note: {why}; waiting for new ones")
                 said = True
-            collector.wait(since)
+            collector.wait(since, why)
     if starved:
         collector.say(f"note: {owed} gradient steps were not made: {_nothing_young_enough(cfg)}")
 

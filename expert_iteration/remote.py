@@ -43,12 +43,13 @@ class Waiting:
         self.say = say
         self._diagnose = diagnose
 
-    def wait(self, reference: Any, since: float) -> None:
+    def wait(self, reference: Any, since: float, why: str | None = None) -> None:
         """Return once the call behind `reference` has ended.
 
         Args:
             reference: of a Ray call.
-            since: `time.monotonic()` from which on there was nothing to train on.
+            since: `time.monotonic()` from which on there was nothing to work on.
+            why: the reason, where it is not that the other side is slow.
 
         Raises:
             TimeoutError: there was nothing for `timeout` seconds.
@@ -58,9 +59,12 @@ class Waiting:
         while not ray.wait([reference], timeout=max(0.0, min(SAY_EVERY, since + self.timeout - time.monotonic())))[0]:
             waited = time.monotonic() - since
             if waited >= self.timeout:
-                raise TimeoutError(
-                    f"There was no response to train on for {waited:.0f} s (train.collection_timeout="
-                    f"{self.timeout:g}): {self._diagnose()}. Raise train.collection_timeout if it is only slow, or "
-                    "lower train.dialog_turns_per_batch or inference_model.max_tokens."
+                reason = why or (
+                    f"{self._diagnose()}. Raise train.collection_timeout if it is only slow, or lower "
+                    "train.dialog_turns_per_batch or inference_model.max_tokens"
                 )
-            self.say(f"still waiting for responses after {waited:.0f} s: {self._diagnose()}")
+                raise TimeoutError(
+                    f"There were no responses to go on with for {waited:.0f} s (train.collection_timeout="
+                    f"{self.timeout:g}): {reason}."
+                )
+            self.say(f"still waiting for responses after {waited:.0f} s: {why or self._diagnose()}")

@@ -37,6 +37,8 @@ class ExpertReplayBuffer(ReplayBuffer):
         self._policy_versions = torch.zeros(capacity, dtype=torch.int64)
         self._evicted_below = 0  # no live row is of an older policy version
         self._dropped_too_old = 0
+        self._pass: Iterator[TensorDictBase] | None = None  # that a client is in the middle of
+        self._figures: dict[str, float] | None = None  # None: to be computed again
 
     def __len__(self) -> int:
         """Live rows."""
@@ -57,6 +59,7 @@ class ExpertReplayBuffer(ReplayBuffer):
         self._evicted_below = min(self._evicted_below, *versions)
         rewards = [row["next", "reward"].item() for row in rows]
         self._sampler.write(slots, torch.tensor(rewards, dtype=torch.float64))
+        self._figures = None
         return index
 
     def add(self, data: TensorDictBase) -> int:
@@ -90,6 +93,15 @@ class ExpertReplayBuffer(ReplayBuffer):
         batch = batch.consolidate()
         return (batch, info) if return_info else batch
 
+    def next_young(self, min_version: int) -> TensorDictBase | None:
+        """The next micro-batch of a pass, after evicting what is of a policy version below `min_version`, as `draw`.
+
+        Returns:
+            at most `batch_size` rows; None at the end of the pass.
+        """
+        self.evict_older_than(min_version)
+        return self.next()
+
     def evict_older_than(self, version: int) -> int:
         """Never draw responses of an older policy version again; returns how many there were."""
         if version <= self._evicted_below:  # as of most draws, which then cost nothing that grows with the capacity
@@ -98,6 +110,7 @@ class ExpertReplayBuffer(ReplayBuffer):
         old = (self._sampler.live & (self._policy_versions < version)).nonzero()[:, 0]
         self._sampler.drop(old)
         self._dropped_too_old += len(old)
+        self._figures = None
         return len(old)
 
     def __iter__(self) -> Iterator[TensorDictBase]:
@@ -108,22 +121,28 @@ class ExpertReplayBuffer(ReplayBuffer):
     def next(self) -> TensorDictBase | None:
         """The next micro-batch of a pass, None at its end: how a client in another process iterates."""
         # TorchRL's makes a copy, in which a consolidated batch falls apart into its hundred pieces.
-        if self._iterator is None:
-            self._iterator = iter(self)
-        batch = next(self._iterator, None)
+        if self._pass is None:
+            self._pass = iter(self)
+        batch = next(self._pass, None)
         if batch is None:
-            self._iterator = None
+            self._pass = None
         return batch
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Forget all rows, with them the pass that a client may be in the middle of, and the counts if asked."""
         super().empty(empty_write_count=empty_write_count)
-        self._iterator = None
+        self._pass = self._figures = None
         if empty_write_count:
             self._dropped_too_old = 0
 
     def statistics(self) -> dict[str, float]:
         """Number, mean reward and mean response length (tokens) of live rows; all rows ever written and dropped."""
+        # Asked at each gradient step, changed by few of them.
+        if self._figures is None:
+            self._figures = self._compute_statistics()
+        return self._figures
+
+    def _compute_statistics(self) -> dict[str, float]:
         live = self._sampler.live
         size = len(self)
         figures = {
@@ -155,7 +174,7 @@ class ExpertReplayBuffer(ReplayBuffer):
         self._policy_versions.copy_(state_dict["_policy_versions"])
         self._evicted_below = 0
         self._dropped_too_old = state_dict["_dropped_too_old"]
-        self._iterator = None
+        self._pass = self._figures = None
 
 
 class BufferReader:
@@ -175,13 +194,13 @@ class BufferReader:
         return self._client.draw(self._min_version())
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """One pass over what is not too old when it begins."""
-        self._evict()
-        yield from self._client
+        """One pass over what is not too old when its turn comes: weights may be pushed in the middle of it."""
+        while (batch := self._client.next_young(self._min_version())) is not None:
+            yield batch
 
     def __len__(self) -> int:
         """Responses that are not too old."""
-        self._evict()
+        self._client.evict_older_than(self._min_version())
         return len(self._client)
 
     def empty(self, **kwargs: Any) -> None:
@@ -191,9 +210,6 @@ class BufferReader:
     def statistics(self) -> dict[str, float]:
         """See `ExpertReplayBuffer.statistics`."""
         return self._client.statistics()
-
-    def _evict(self) -> None:
-        self._client.evict_older_than(self._min_version())
 
     def _min_version(self) -> int:
         return 0 if self._max_policy_age is None else self._policy_version() - self._max_policy_age

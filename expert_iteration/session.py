@@ -62,6 +62,7 @@ class Session:
         self._buffer_owner = ei_utils.make_replay_buffer(cfg)
         buffer = self._buffer_owner.client()
         waiting = Waiting(cfg.train.collection_timeout, screen.say, self._engine.describe)
+        self._engine.waiting = waiting  # for evaluations; the collector has a client of its own, which is waited for
         self.collector = ei_utils.get_collector_client(cfg, collector, buffer, waiting)
         self._tokenizer = ei_utils.get_tokenizer(cfg)
         self.policy_training = ei_utils.get_train_model(cfg, allocation)
@@ -113,8 +114,9 @@ class Session:
     def finish(self) -> None:
         """What a completed run leaves beside its metrics: a last checkpoint, and the model as `last/`."""
         self.metrics.drain(self.learner.gradient_steps)
-        # What was dropped since the last step is counted too.
-        self.metrics.log(self.replay_buffer.statistics(), self.learner.gradient_steps)
+        # What was dropped since the last step is counted too, and what the engine loaded last is checked.
+        last = self.replay_buffer.statistics() | self.weight_updater.read_reports()
+        self.metrics.log(last, self.learner.gradient_steps)
         self.checkpointer.save()
         dtype = getattr(torch, self._cfg.inference_model.torch_dtype.value)
         save_pretrained(self.policy_training, self._tokenizer, self._run_dir / "last", dtype)
@@ -137,7 +139,7 @@ class Session:
         temporary.write_text(json.dumps(plain(summary), indent=2))
         # Whoever sees the name sees a whole file.
         os.replace(temporary, path)
-        stop_actors(self._actors)
+        stop_actors([*self._actors, self._buffer_owner._rb])
         remove_directories(self._run_dir)
 
     def _elapsed(self) -> float:

@@ -183,7 +183,8 @@ def max_ahead_holds_a_batch(cfg: Config) -> None:
     if not cfg.train.sync and ahead is not None and ahead < groups:
         raise UserError(
             f"train.max_ahead ({ahead}) is less than the {groups} groups of one batch, so none could be collected: "
-            f"set train.max_ahead={groups} or more, or lower train.dialog_turns_per_batch."
+            f"set train.max_ahead={2 * groups} or more to collect while training ({groups} takes turns), or lower "
+            "train.dialog_turns_per_batch."
         )
 
 

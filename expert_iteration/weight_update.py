@@ -46,6 +46,10 @@ class WeightReceiver(Protocol):
         """Take the weights, and score the probe once they are loaded."""
         ...
 
+    def report(self) -> OfferReport:
+        """What became of earlier offers since the last report."""
+        ...
+
     def token_log_probs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Score sequences, for the probe."""
         ...
@@ -100,6 +104,7 @@ class WeightUpdater:
         # The trainer's scores of the probe for each version that the engine was asked to score and has not reported.
         self._asked: dict[int, list[list[float]]] = {}
         self._changed_once = False
+        self._probed_version = 0  # the newest that was compared
         self._expected_names: frozenset[str] = frozenset()
         self._sent_names: frozenset[str] = frozenset()
         self.policy_version = 0
@@ -156,6 +161,14 @@ class WeightUpdater:
             "weights/superseded": float(report.superseded),
         } | self._read(report.applied)
 
+    def read_reports(self) -> dict[str, float]:
+        """What the engine has to say of pushes that it loaded since the last one, for the end of a run; see there.
+
+        Raises:
+            WeightMismatchError: as `push_weights`.
+        """
+        return self._read(self._engine.report().applied)
+
     def _read(self, applied: Sequence[AppliedUpdate]) -> dict[str, float]:
         """What the engine reports of the weights that it has loaded, as metrics; the newest figures count."""
         metrics: dict[str, float] = {}
@@ -166,14 +179,16 @@ class WeightUpdater:
             if update.probe_scores is not None:
                 scores = self._asked[update.version]
                 self._changed_once = self._changed_once or self._has_changed(scores)
+                self._probed_version = update.version
                 metrics |= self._compare(update.version, scores, update.probe_scores)
             # Whatever is older was superseded, and is never reported.
             self._asked = {version: kept for version, kept in self._asked.items() if version > update.version}
         return metrics
 
     def _is_probe_due(self) -> bool:
-        regular = self._probe_frequency and (self.pushes + 1) % self._probe_frequency == 0
-        return bool(regular) or not self._changed_once
+        # Counted from the last answer: a push that is superseded takes its probe with it, and the next must ask again.
+        pushes = self.policy_version + 1 - self._probed_version
+        return not self._changed_once or 0 < self._probe_frequency <= pushes
 
     def _weights(self, policy: nn.Module) -> dict[str, torch.Tensor]:
         """The whole state dict: vLLM's packed lm_head stays stale when tied weights are sent only once."""

@@ -11,7 +11,15 @@ import ray
 
 from expert_iteration import remote
 from expert_iteration.actors import BackgroundCollector, CollectedBatch, CollectorActor, CollectorClient
+from expert_iteration.pacing import paced_batches
 from expert_iteration.remote import ProcessDiedError, Waiting, get_from
+from expert_iteration.sizes import batches_ahead
+
+
+class Batch(str):
+    """A batch that kept something."""
+
+    responses_kept = 1
 
 
 class Stage:
@@ -44,7 +52,7 @@ class Stage:
         self.written += 1
         self.rows = [replay_buffer, self.written]
         self.note(f"write {self.written}")
-        return f"batch {self.written}"
+        return Batch(f"batch {self.written}")
 
     def collect_and_write(self, replay_buffer):
         self.collect()
@@ -128,10 +136,11 @@ def test_an_error_while_collecting_surfaces_as_itself(make_stage, waiting, overl
 
 def finish(collector, worked_off=10):
     """The batches that are still to come, in the order in which they arrive."""
-    batches = collector.arrived(worked_off)
+    batches = collector.arrived()
     while not collector.finished:
+        collector.go_on(worked_off)
         collector.wait(since=time.monotonic())
-        batches += collector.arrived(worked_off)
+        batches += collector.arrived()
     return batches
 
 
@@ -151,8 +160,9 @@ def test_a_slow_engine_and_a_slow_trainer_overlap(make_stage, waiting):
     collector = BackgroundCollector(stage, "buffer", batches, batches_ahead=None, waiting=waiting)
     collector.start()
     while not collector.finished:
+        collector.go_on(worked_off=0)
         collector.wait(since=time.monotonic())
-        for batch in collector.arrived(worked_off=0):
+        for batch in collector.arrived():
             time.sleep(0.2)
             ray.get(stage.work.remote(f"trained on {batch}"))
     events = ray.get(stage.program.remote())
@@ -165,7 +175,7 @@ def test_looking_for_batches_does_not_wait_for_one(make_stage, waiting):
     stage = make_stage(seconds=0.5)
     collector = BackgroundCollector(stage, "buffer", 1, batches_ahead=None, waiting=waiting)
     collector.start()
-    assert collector.arrived(worked_off=0) == []
+    assert collector.arrived() == []
     assert not collector.finished
     assert finish(collector) == ["batch 1"]
 
@@ -176,9 +186,10 @@ def test_collection_stays_within_its_limit_until_batches_are_worked_off(make_sta
     collector.start()
     for worked_off in range(4):
         collector.wait(since=time.monotonic())
-        assert collector.arrived(worked_off) == [f"batch {worked_off + 1}"]
+        assert collector.arrived() == [f"batch {worked_off + 1}"]
+        collector.go_on(worked_off)
         assert ray.get(stage.count.remote()) == worked_off + 1
-        assert collector.arrived(worked_off + 1) == []
+        collector.go_on(worked_off + 1)
     assert collector.finished
 
 
@@ -187,6 +198,60 @@ def test_an_error_in_the_background_surfaces_when_the_trainer_looks(make_stage, 
     collector.start()
     with pytest.raises(ZeroDivisionError, match="the reward divides by zero"):
         finish(collector)
+
+
+class Batches:
+    """A collector that keeps so many responses, batch after batch."""
+
+    def __init__(self, kept):
+        self.kept, self.number = kept, 0
+
+    def collect_and_write(self, replay_buffer):
+        self.number += 1
+        return CollectedBatch(self.number, len(self.kept), self.kept[self.number - 1], [])
+
+
+class Counts:
+    """Buffer, learner and metrics in one: has a micro-batch wherever it is asked for one, and counts steps."""
+
+    gradient_steps = 0
+
+    def __len__(self):
+        return 1
+
+    def sample(self):
+        return "micro-batch"
+
+    def plan(self, num_optimizer_steps, until):
+        assert num_optimizer_steps >= 0
+
+    def drain(self, step):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept", "steps"),
+    [
+        (("train.deterministic=true",), [64, 0, 64], 16),
+        (("train.deterministic=true",), [64, 3, 64], 17),
+        (("train.deterministic=true", "train.total_optimizer_steps=2"), [64, 64, 64], 2),
+        (("train.max_ahead=32",), [64, 0, 64], 16),
+        (("train.max_ahead=64",), [0, 0, 64], 8),
+        ((), [64, 0, 64], 16),
+    ],
+)
+def test_a_limit_never_leaves_the_trainer_waiting_for_nothing(ray_session, make_cfg, waiting, overrides, kept, steps):
+    cfg = make_cfg(f"train.total_dialog_turns={256 * len(kept)}", *overrides, mode="async")
+    actor = ray.remote(num_cpus=0)(Batches).remote(kept)
+    ahead = batches_ahead(cfg)
+    collector = BackgroundCollector(actor, "buffer", len(kept), batches_ahead=ahead, waiting=waiting)
+    collector.start()
+    counts = Counts()
+    for _ in paced_batches(cfg, collector, counts, counts, counts):
+        counts.gradient_steps += 1
+    assert counts.gradient_steps == steps
+    assert collector.finished
+    ray.kill(actor)
 
 
 # --- waiting ---
@@ -214,7 +279,18 @@ def test_what_is_there_already_is_not_waited_for_however_late_it_is(make_stage):
     assert ray.get(stage.wait_for.remote("write 1"))
     collector.wait(since=time.monotonic() + 5)
     collector.wait(since=time.monotonic() - 5)
-    assert collector.arrived(worked_off=0) == ["batch 1"]
+    assert collector.arrived() == ["batch 1"]
+
+
+def test_batches_of_which_nothing_is_kept_end_the_wait_with_that_reason(make_stage, monkeypatch):
+    monkeypatch.setattr(Batch, "responses_kept", 0)
+    stage = make_stage(seconds=0.2)
+    ray.get(stage.count.remote())  # its process has started
+    waiting = Waiting(2.0, print, lambda: "the engine is idle")
+    with pytest.raises(TimeoutError, match=r"\d+ batches came meanwhile and none of their responses was kept") as error:
+        for _ in CollectorClient(stage, "buffer", 100, overlap=False, waiting=waiting):
+            pass
+    assert "the engine" not in str(error.value)
 
 
 def test_a_synchronous_trainer_gives_up_waiting_too(make_stage):
@@ -237,7 +313,7 @@ def test_a_collector_that_dies_is_named(make_stage, waiting, kind):
         ray.kill(stage)
         collector.wait(since=time.monotonic())
         with pytest.raises(ProcessDiedError, match=r"The collector's process has died \(logs/collector\.log\)"):
-            collector.arrived(worked_off=0)
+            collector.arrived()
 
 
 class Asker:

@@ -72,6 +72,9 @@ class ScriptedEngine:
         scores = None if probe is None else self.token_log_probs(probe)
         return OfferReport([AppliedUpdate(version, 0.0, 0.0, scores)], superseded=0)
 
+    def report(self):
+        return OfferReport([], superseded=0)
+
     @torch.no_grad()
     def token_log_probs(self, sequences):
         rows = [torch.tensor([sequence]) for sequence in sequences]
@@ -99,11 +102,14 @@ class LocalCollector:
     def start(self):
         pass
 
-    def arrived(self, worked_off):
+    def arrived(self):
         batches, self.ready = self.ready, []
         return batches
 
-    def wait(self, since):
+    def go_on(self, worked_off):
+        pass
+
+    def wait(self, since, why=None):
         self.latest = self.collect()
         self.ready.append(self.latest)
 

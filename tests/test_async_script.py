@@ -18,19 +18,26 @@ def script(load_script):
 
 
 class FakeCollector:
-    """Its batches arrive one by one, each when the trainer waits or, if it is `early`, looks a first time."""
+    """Its batches arrive one by one, each when the trainer waits or, if it is `early`, looks a first time.
+
+    Like the real one it collects no further than it was allowed to: one batch ahead of what is worked off.
+    """
 
     def __init__(self, events, buffer, kept, early):
         self.events, self.buffer, self.kept, self.early = events, buffer, kept, set(early)
-        self.number, self.ready, self.latest, self.worked_off = 0, 0, None, []
+        self.number, self.ready, self.latest, self.worked_off, self.allowed, self.why = 0, 0, None, [], 0, []
 
     finished = property(lambda self: self.number == len(self.kept))
 
     def start(self):
         self.events.append("start")
+        self.allowed = 1
 
-    def arrived(self, worked_off):
+    def go_on(self, worked_off):
         self.worked_off.append(worked_off)
+        self.allowed = worked_off + 1
+
+    def arrived(self):
         if self.number + 1 in self.early:
             self.ready = max(self.ready, self.number + 1)
         batches = []
@@ -45,8 +52,10 @@ class FakeCollector:
             batches.append(self.latest)
         return batches
 
-    def wait(self, since):
+    def wait(self, since, why=None):
+        assert self.number < self.allowed, "nothing is on its way"
         self.events.append("wait")
+        self.why.append(why)
         self.ready += 1
 
     def say(self, text):
@@ -220,7 +229,26 @@ def test_nothing_young_enough_costs_no_step_and_is_waited_out(run):
         *("wait", "batch 2", "step 1", "step 2", "step 3", "step 4", "step 5"),
     ]
     # While it starves nothing more can be worked off, and collection must go on whatever its limit.
-    assert done.collector.worked_off[:2] == [0, 1]
+    assert done.collector.worked_off[:2] == [1, 0]
+    assert done.collector.why[0].startswith("no response in the buffer is at most 1 pushes old")
+
+
+@pytest.mark.parametrize("kept", [[4, 0, 4], [4, 3, 4], [0, 0, 4], [0, 3, 0], [0, 0, 0]])
+def test_a_batch_that_owes_no_whole_step_does_not_stop_collection(run, kept):
+    # The fake collects one batch ahead of what is worked off, and refuses to be waited for beyond.
+    done = run("train.optim_batch_size=4", kept=kept)
+    assert done.learner.gradient_steps == -(-sum(kept) // 4)
+    assert done.collector.finished
+
+
+def test_a_wait_says_how_many_batches_kept_nothing(run):
+    why = run(kept=[0, 0, 2, 0]).collector.why
+    assert (why[0], why[1][:30], why[2][:30]) == (
+        None,
+        "1 batches came meanwhile and n",
+        "2 batches came meanwhile and n",
+    )
+    assert why[3] is None  # there is something in the buffer; it is only the next batch that is waited for
 
 
 def test_steps_for_which_everything_is_too_old_are_left_out_at_the_end(run):

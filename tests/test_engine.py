@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -10,7 +11,7 @@ from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expert_iteration.cli import compose_config
-from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
+from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine, _completion
 from expert_iteration.models import chat_prompt_ids, end_of_turn_id
 from expert_iteration.resolve import resolve_config
 from expert_iteration.tiny import SYSTEM_PROMPT, heldout_problems
@@ -155,6 +156,14 @@ def test_a_push_does_not_wait_for_a_generation_and_no_response_mixes_weights(
     reported = updater.push_weights(model)
     assert reported["weights/wait_seconds"] > 0
     assert reported["weights/probe_diff"] < 1e-3
+
+
+@pytest.mark.parametrize("spans", [[("1", 0, 3), ("2", 3, 5)], [], None])
+def test_a_response_that_mixes_weights_or_has_none_is_refused(spans):
+    spans = spans and [SimpleNamespace(version=version, start=start, end=end) for version, start, end in spans]
+    output = SimpleNamespace(weight_versions=spans, token_ids=[1, 2, 3, 4, 5], finish_reason="stop")
+    with pytest.raises(RuntimeError, match="mixes weight sets, or has none"):
+        _completion(output)
 
 
 def test_torchrl_wrapper_accepts_the_client(engine, prompts, tokenizer):

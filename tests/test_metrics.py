@@ -159,6 +159,13 @@ def test_summarize_takes_means_of_measurements_and_the_last_of_counts():
     assert summarize(records) == {"train/loss": 1.5, "buffer/write_count": 32, "train/bad_steps": 1}
 
 
+def test_summarize_takes_the_last_of_what_was_dropped_and_the_greatest_of_the_oldest():
+    names = ("buffer/dropped_too_old", "train/max_policy_age", "train/policy_age", "train/kl_to_ref_coeff")
+    rows = [(0, 3, 0, 0.9), (10, 0, 3, 0.6), (13, 0, 0, 0.3)]
+    records = [dict(zip(names, row, strict=True)) for row in rows]
+    assert summarize(records) == dict(zip(names, (13, 3, 1, 0.3), strict=True))
+
+
 def test_drain_logs_every_waiting_record(tmp_path):
     log_queue = queue.Queue()
     metrics, logger = make_metrics(tmp_path, log_queue=log_queue)

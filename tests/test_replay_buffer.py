@@ -409,6 +409,21 @@ def test_a_buffer_restored_between_passes_begins_the_next_whatever_it_was_in_the
     assert every_row(one_pass_by_next(restored)) == list(range(7))
 
 
+def test_a_response_that_grows_too_old_in_the_middle_of_a_pass_is_not_seen():
+    buffer, version = make_buffer(), [1]
+    reader = BufferReader(buffer, max_policy_age=1, policy_version=lambda: version[0])
+    buffer.extend(make_rows(*range(6), version=0))
+    buffer.extend(make_rows(6, 7, 8, version=1))
+    ages = []
+    for batch in reader:  # weights are pushed after each step
+        ages += [version[0] - int(row["policy_version"]) for row in batch.unbind(0)]
+        version[0] += 1
+    assert set(ages) <= {0, 1}
+    assert 3 <= len(ages) < 9
+    # After the first step's push the six of version 0 are too old, in whatever order the pass would have had them.
+    assert reader.statistics()["buffer/dropped_too_old"] >= 6
+
+
 # --- as configured ---
 
 

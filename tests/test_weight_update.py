@@ -55,6 +55,9 @@ class Receiver:
         self.offer = update_info, version, probe
         if not self.busy:
             self.apply()
+        return self.report()
+
+    def report(self):
         applied, self.applied = self.applied, []
         return OfferReport(applied, self.superseded)
 
@@ -235,6 +238,30 @@ def test_the_probe_goes_on_looking_until_an_engine_has_answered(policy, receiver
     assert receiver.offer[2] is None
 
 
+def test_a_probe_that_was_superseded_is_asked_for_again(policy, receiver, tmp_path):
+    updater = make_updater(receiver, tmp_path, probe_frequency=2)
+    updater.verify_start(policy)
+    answered = []
+    for number in range(1, 9):  # each generation of the engine spans two pushes
+        receiver.busy = number % 2 == 1
+        change(policy, number)
+        answered.append("weights/probe_diff" in updater.push_weights(policy))
+    assert receiver.versions == [2, 4, 6, 8]
+    assert answered == [False, True] * 4
+
+
+def test_what_the_engine_loaded_last_is_checked_at_the_end(policy, receiver, tmp_path):
+    updater = make_updater(receiver, tmp_path, ForgetfulUpdater)
+    updater.verify_start(policy)
+    receiver.busy = True
+    change(policy)
+    updater.push_weights(policy)
+    assert updater.read_reports() == {}  # it has not been loaded
+    receiver.apply()
+    with pytest.raises(WeightMismatchError, match="version 1 of 1"):
+        updater.read_reports()
+
+
 # --- when the probe looks ---
 
 
@@ -253,8 +280,8 @@ def probed(updater, policy, changes):
     [
         (0, [True, True, True], [True, False, False]),
         (0, [False, False, True, True, False], [True, True, True, False, False]),
-        (2, [True, True, True, True, True], [True, True, False, True, False]),
-        (3, [False, True, False, True, True, True], [True, True, True, False, False, True]),
+        (2, [True, True, True, True, True], [True, False, True, False, True]),
+        (3, [False, True, False, True, True, True], [True, True, False, False, True, False]),
         (1, [True, True], [True, True]),
     ],
 )
