@@ -394,7 +394,7 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         "max_ahead_holds_a_batch",
         {"train.max_ahead": 31},
         "async",
-        ["train.max_ahead (31)", "32 groups", "train.max_ahead=32 or more", "lower train.dialog_turns_per_batch"],
+        ["train.max_ahead (31)", "32 groups", "train.max_ahead=64 or more", "lower train.dialog_turns_per_batch"],
     ),
     ("sync_iter_belongs_to_sync", {"train.sync_iter": True}, "async", ["train.sync_iter (true)", "mode=sync"]),
     ("sync_iter_belongs_to_sync", {"train.sync_iter": None}, "sync", ["train.sync_iter (null)"]),
