@@ -1,6 +1,6 @@
 """How much time the asynchronous script saves where generation and training take about as long.
 
-    python extras/benchmarks/overlap.py [--rounds 3] [--epochs 2] [--batches 16]
+    python extras/benchmarks/overlap.py [--rounds 3] [--epochs 4] [--batches 16]
 
 Both scripts collect as many responses and make as many optimizer steps and weight pushes, with one core for what
 collects (engine, collector, reference) and another for the trainer, which stand for dedicated devices. A reward that
@@ -37,7 +37,7 @@ CORES = {"ray::VLLMEngine": 0, "ray::CollectorActor": 0, "ray::ReferenceActor": 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batches", type=int, default=16)
     arguments = parser.parse_args()
     ratios = []
