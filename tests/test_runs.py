@@ -160,8 +160,9 @@ def test_real_questions_train_where_a_reward_separates_responses(tmp_path):
     assert summary["max_probe_logprob_diff"] < 0.3
 
 
-def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path):
-    run = Run(tmp_path / "run", *SHORT, "train.total_dialog_turns=100000")
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, mode):
+    run = Run(tmp_path / "run", *SHORT, "train.total_dialog_turns=100000", script=f"expert-iteration-{mode}.py")
     run.wait_for_line("weights/policy_version")
     os.killpg(run.process.pid, signal.SIGINT)
     run.wait()
