@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from expert_iteration import timeline
 from expert_iteration.config import InferenceModelConfig
 from expert_iteration.models import end_of_turn_id, load_tokenizer
-from expert_iteration.remote import Waiting, get_from
+from expert_iteration.remote import Waiting, get_from, wait_aloud
 from expert_iteration.screen import redirect_output
 
 # Both answer while a generation runs: an actor's other calls queue behind it.
@@ -279,18 +279,18 @@ class EngineClient:
         """The actor's `generate`, to be called with `.remote(...)`."""
         return self.actor.generate
 
-    def wait_until_ready(self, say: Callable[[str], None], every: float = 60.0) -> None:
-        """Wait for the engine to load its model, and say so every `every` seconds.
+    def wait_until_ready(self, say: Callable[[str], None]) -> None:
+        """Wait for the engine to load its model, and say so every minute.
 
         Raises:
             ProcessDiedError: it failed to.
         """
-        import ray
 
-        start = time.monotonic()
+        def describe(waited: float) -> str:
+            return f"still waiting for the engine after {waited:.0f} s (logs/engine.log)"
+
         reference = self.actor.version.options(concurrency_group=HEALTH_GROUP).remote()
-        while not ray.wait([reference], timeout=every)[0]:
-            say(f"still waiting for the engine after {time.monotonic() - start:.0f} s (logs/engine.log)")
+        wait_aloud(reference, say, describe, since=time.monotonic())
         self._get(reference)
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from expert_iteration.actors import kept_nothing
 from expert_iteration.config import Config
-from expert_iteration.sizes import due_gradient_steps
+from expert_iteration.sizes import ceil_div, due_gradient_steps
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -103,7 +103,7 @@ def paced_batches(
 def _optimizer_steps_to_come(cfg: Config, debt: Debt, learner: Learner) -> int:
     """Optimizer steps that end from now on, one for the window that is open included."""
     accumulation = cfg.train.gradient_accumulation_steps
-    return -(-debt.steps // accumulation) - learner.gradient_steps // accumulation
+    return ceil_div(debt.steps, accumulation) - learner.gradient_steps // accumulation
 
 
 def _nothing_young_enough(cfg: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,35 @@ def get_from(process: str, reference: Any, timeout: float | None = None) -> Any:
         raise ProcessDiedError(f"The {process}'s process has died (logs/{process}.log): {error}") from error
 
 
+def wait_aloud(
+    reference: Any,
+    say: Callable[[str], None],
+    describe: Callable[[float], str],
+    since: float,
+    timeout: float = math.inf,
+) -> bool:
+    """Wait for a Ray call to end, and say so every minute.
+
+    Args:
+        reference: of the call.
+        say: shows a line to the user.
+        describe: the line, given the seconds waited so far.
+        since: `time.monotonic()` from which on they count.
+        timeout: after so many of them it is not waited for any longer.
+
+    Returns:
+        Whether the call has ended.
+    """
+    import ray
+
+    while not ray.wait([reference], timeout=max(0.0, min(SAY_EVERY, since + timeout - time.monotonic())))[0]:
+        waited = time.monotonic() - since
+        if waited >= timeout:
+            return False
+        say(describe(waited))
+    return True
+
+
 class Waiting:
     """Waits for responses, says so every minute, and gives up after a while.
 
@@ -54,17 +84,16 @@ class Waiting:
         Raises:
             TimeoutError: there was nothing for `timeout` seconds.
         """
-        import ray
 
-        while not ray.wait([reference], timeout=max(0.0, min(SAY_EVERY, since + self.timeout - time.monotonic())))[0]:
-            waited = time.monotonic() - since
-            if waited >= self.timeout:
-                reason = why or (
-                    f"{self._diagnose()}. Raise train.collection_timeout if it is only slow, or lower "
-                    "train.dialog_turns_per_batch or inference_model.max_tokens"
-                )
-                raise TimeoutError(
-                    f"There were no responses to go on with for {waited:.0f} s (train.collection_timeout="
-                    f"{self.timeout:g}): {reason}."
-                )
-            self.say(f"still waiting for responses after {waited:.0f} s: {why or self._diagnose()}")
+        def describe(waited: float) -> str:
+            return f"still waiting for responses after {waited:.0f} s: {why or self._diagnose()}"
+
+        if not wait_aloud(reference, self.say, describe, since, self.timeout):
+            reason = why or (
+                f"{self._diagnose()}. Raise train.collection_timeout if it is only slow, or lower "
+                "train.dialog_turns_per_batch or inference_model.max_tokens"
+            )
+            raise TimeoutError(
+                f"There were no responses to go on with for {time.monotonic() - since:.0f} s "
+                f"(train.collection_timeout={self.timeout:g}): {reason}."
+            )

@@ -1,5 +1,6 @@
 """The names of the files in a run directory, for what writes them and what reads them."""
 
+import os
 from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
@@ -18,3 +19,10 @@ def log_file(run_dir: Path, process: str) -> str:
 def timeline_file(run_dir: Path, process: str) -> str:
     """Where a process of the run notes what it does when (`timeline.record_to`)."""
     return str(run_dir / TIMELINE_FOLDER / f"{process}.jsonl")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, in place of one that is there, so that whoever sees the name sees a whole file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    os.replace(temporary, path)

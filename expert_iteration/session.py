@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config
 from expert_iteration.remote import Waiting
-from expert_iteration.run_directory import SUMMARY_FILE
+from expert_iteration.run_directory import SUMMARY_FILE, write_whole
 from expert_iteration.screen import Progress, RemoteScreen
 from expert_iteration.seeds import derive_seed
 from expert_iteration.summary import Summary
@@ -133,12 +132,8 @@ class Session:
         from expert_iteration.metrics import plain
 
         summary = self._summary.to_dict(error, self.learner, self.weight_updater, self._started)
-        path = self._run_dir / SUMMARY_FILE
-        temporary = path.with_suffix(".tmp")
         # Plain: JSON has no word for numbers that are not finite.
-        temporary.write_text(json.dumps(plain(summary), indent=2))
-        # Whoever sees the name sees a whole file.
-        os.replace(temporary, path)
+        write_whole(self._run_dir / SUMMARY_FILE, json.dumps(plain(summary), indent=2))
         stop_actors([*self._actors, self._buffer_owner._rb])
         remove_directories(self._run_dir)
 

@@ -43,9 +43,9 @@ def derive_sizes(cfg: Config) -> Sizes:
     A run of fewer turns than a batch makes one smaller batch, of whole groups.
     """
     train, repeats = cfg.train, cfg.env.repeats
-    turns_per_batch = min(train.dialog_turns_per_batch, _ceil_div(train.total_dialog_turns, repeats) * repeats)
+    turns_per_batch = min(train.dialog_turns_per_batch, ceil_div(train.total_dialog_turns, repeats) * repeats)
     groups_per_batch = turns_per_batch // repeats
-    num_batches = _ceil_div(train.total_dialog_turns, turns_per_batch)
+    num_batches = ceil_div(train.total_dialog_turns, turns_per_batch)
     max_kept = groups_per_batch * train.topk_size
     buffer_size = train.buffer_size or (max_kept if train.sync else max(ASYNC_BUFFER_SIZE, max_kept))
     trained = _trained_after_batches(cfg, num_batches, max_kept, buffer_size)
@@ -69,8 +69,8 @@ def optimizer_steps_of_batch(cfg: Config, num_responses: int) -> int:
 
     Each epoch ends with a smaller micro-batch, each batch with a smaller optimizer step: nothing is carried over.
     """
-    gradient_steps = cfg.train.epochs * _ceil_div(num_responses, cfg.train.optim_batch_size)
-    return _ceil_div(gradient_steps, cfg.train.gradient_accumulation_steps)
+    gradient_steps = cfg.train.epochs * ceil_div(num_responses, cfg.train.optim_batch_size)
+    return ceil_div(gradient_steps, cfg.train.gradient_accumulation_steps)
 
 
 def due_gradient_steps(cfg: Config, responses_kept: int, progress: float) -> int:
@@ -87,7 +87,7 @@ def due_gradient_steps(cfg: Config, responses_kept: int, progress: float) -> int
         # Steps x batches done / batches may fall just short of the whole number that it is.
         return math.floor(train.total_optimizer_steps * progress + 1e-9) * train.gradient_accumulation_steps
     draws = train.epochs * responses_kept
-    return _ceil_div(draws, train.optim_batch_size) if progress >= 1 else draws // train.optim_batch_size
+    return ceil_div(draws, train.optim_batch_size) if progress >= 1 else draws // train.optim_batch_size
 
 
 def batches_ahead(cfg: Config) -> int | None:
@@ -123,10 +123,10 @@ def _steps(cfg: Config, trained: list[int]) -> tuple[int, int]:
     """Gradient and optimizer steps over the run, at most, given the responses trained on after each batch."""
     train = cfg.train
     if train.sync:
-        gradient_steps = sum(train.epochs * _ceil_div(responses, train.optim_batch_size) for responses in trained)
+        gradient_steps = sum(train.epochs * ceil_div(responses, train.optim_batch_size) for responses in trained)
         return gradient_steps, sum(optimizer_steps_of_batch(cfg, responses) for responses in trained)
     gradient_steps = due_gradient_steps(cfg, sum(trained), progress=1)
-    return gradient_steps, _ceil_div(gradient_steps, train.gradient_accumulation_steps)
+    return gradient_steps, ceil_div(gradient_steps, train.gradient_accumulation_steps)
 
 
 def _describe_sync(sizes: Sizes, cfg: Config) -> list[str]:
@@ -188,5 +188,6 @@ def _describe_run(sizes: Sizes, total: int) -> str:
     return f"{turns} turns{rounded} / {sizes.turns_per_batch} = {sizes.num_batches} batches"
 
 
-def _ceil_div(dividend: int, divisor: int) -> int:
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient, rounded up."""
     return -(-dividend // divisor)

@@ -6,7 +6,7 @@ Hydra runs the jobs one after the other in this process, each in a directory of 
 from __future__ import annotations
 
 import csv
-import os
+import io
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from expert_iteration.config import Config
-from expert_iteration.report import fixed, read_summary
-from expert_iteration.run_directory import SUMMARY_FILE
+from expert_iteration.run_directory import SUMMARY_FILE, write_whole
 
 SWEEP_FILE = "sweep.csv"
 EVALUATIONS = ("before", "after", "best")
@@ -90,6 +89,9 @@ class SweepTable:
             status, error_text = _describe(error, self._explain)
             raise
         finally:
+            # Not at module level: the report brings NumPy along, for which no command line should wait.
+            from expert_iteration.report import read_summary
+
             summary = read_summary(run_dir) if is_new else {}
             self._add(run_dir, status, summary.get("error") or error_text, time.monotonic() - started, summary)
 
@@ -127,14 +129,15 @@ class SweepTable:
         self._write()
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(temporary, self._path)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_whole(self._path, table.getvalue())
 
     def _cells(self, index: int) -> list[str]:
+        from expert_iteration.report import fixed
+
         row = self._rows[index]
         is_alone = len(self._rows) == 1
         shared = set() if is_alone else set.intersection(*map(set, self._overrides))

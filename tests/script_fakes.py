@@ -1,6 +1,28 @@
 """Fakes of a few lines that the tests of both scripts share: each tells what it is asked to do as an event."""
 
+from types import SimpleNamespace
+
 from expert_iteration.learner import StepResult
+
+# What `train` is run with unless a test says otherwise: steps and nothing beside them.
+QUIET = ("eval.frequency=0", "train.checkpoint_frequency=0", "train.epochs=1", "train.optim_batch_size=1")
+
+
+def drive(script, cfg, events, collector, replay_buffer, bad_at):
+    """Run a script's `train` on fakes; returns them, and the events."""
+    learner = FakeLearner(events, cfg.train.gradient_accumulation_steps, bad_at)
+    parts = {
+        "collector": collector,
+        "replay_buffer": replay_buffer,
+        "learner": learner,
+        "policy_training": object(),
+        "weight_updater": FakeWeightUpdater(events),
+        "evaluator": FakeEvaluator(events),
+        "checkpointer": FakeCheckpointer(events, learner),
+        "metrics": FakeMetrics(),
+    }
+    script.train(cfg, **parts)
+    return SimpleNamespace(events=events, **parts)
 
 
 class FakeLearner:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torchrl.data import LazyStackStorage
+from whole_runs import without_times
 
 import ei_utils
 from expert_iteration import tiny
@@ -276,20 +277,6 @@ def test_the_policy_leaves_the_reference_with_the_first_step_and_not_before(done
 def test_evaluation_is_of_the_engine_before_and_after(done):
     assert [line["step"] for line in done.lines if "eval/pass@1" in line] == [0, 12]
     assert values(done, "eval/num_prompts") == [3.0, 3.0]
-
-
-TIMES = ("_seconds", "_per_second")
-
-
-def without_times(lines):
-    return [
-        {
-            name: value
-            for name, value in line.items()
-            if name != "time" and not name.startswith("timeit/") and not name.endswith(TIMES) and "/time/" not in name
-        }
-        for line in lines
-    ]
 
 
 def test_a_seed_repeats_a_run_but_for_its_times(done, start_run):

@@ -1,10 +1,8 @@
 """`expert-iteration-async.py` and its pace: what happens in which order, told as a list of events by small fakes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from script_fakes import FakeCheckpointer, FakeEvaluator, FakeLearner, FakeMetrics, FakeWeightUpdater, only
+from script_fakes import QUIET, drive, only
 from tensordict import TensorDict
 
 from expert_iteration.actors import CollectedBatch
@@ -84,26 +82,13 @@ def run(script, make_cfg):
     """A function that runs `train` on fakes and returns them; `kept` are the responses that each batch keeps."""
 
     def run(*overrides, kept, early=(), old=(), bad_at=()):
-        quiet = ("eval.frequency=0", "train.checkpoint_frequency=0", "train.epochs=1", "train.optim_batch_size=1")
         frequency = (
             () if any("weight_update" in override for override in overrides) else ("train.weight_update_frequency=100",)
         )
-        cfg = make_cfg(*quiet, *frequency, *overrides, mode="async")
+        cfg = make_cfg(*QUIET, *frequency, *overrides, mode="async")
         events = []
         buffer = FakeBuffer(events, cfg.train.optim_batch_size, old)
-        learner = FakeLearner(events, cfg.train.gradient_accumulation_steps, bad_at)
-        parts = {
-            "collector": FakeCollector(events, buffer, kept, early),
-            "replay_buffer": buffer,
-            "learner": learner,
-            "policy_training": object(),
-            "weight_updater": FakeWeightUpdater(events),
-            "evaluator": FakeEvaluator(events),
-            "checkpointer": FakeCheckpointer(events, learner),
-            "metrics": FakeMetrics(),
-        }
-        script.train(cfg, **parts)
-        return SimpleNamespace(events=events, **parts)
+        return drive(script, cfg, events, FakeCollector(events, buffer, kept, early), buffer, bad_at)
 
     return run
 
