@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ class Run:
             # Every process that a run starts inherits this, whoever its parent is.
             env=os.environ | {"EXPERT_ITERATION_TEST": self._mark, "WANDB_MODE": "offline"},
             start_new_session=True,
+            # Where the tests themselves run in the background of a shell, SIGINT is ignored, and would be here too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
