@@ -13,7 +13,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 SCHEMA_NAME = "schema"
-FULL_FINE_TUNING_LR = 1e-5  # what optimizer.lr=null means
+# What optimizer.lr=null means. Adapters start at zero and have few parameters: they need larger steps.
+FULL_FINE_TUNING_LR = 1e-5
+LORA_LR = 1e-4
 
 # OmegaConf finds an enum member by its name and lists the names when there is none: each name is spelled as its value.
 
@@ -24,6 +26,14 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Placement(StrEnum):
+    """Whether models share accelerators."""
+
+    auto = "auto"
+    dedicated = "dedicated"
+    colocated = "colocated"
 
 
 class Dataset(StrEnum):
@@ -84,6 +94,15 @@ class InferenceBackend(StrEnum):
     """Inference engines."""
 
     vllm = "vllm"
+    transformers = "transformers"
+
+
+class Parallel(StrEnum):
+    """How several devices train one model."""
+
+    auto = "auto"
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class LoggingBackend(StrEnum):
@@ -129,6 +148,10 @@ class ModelConfig:
 
     name: str
     """A hub id, a path (begins with `/`, `.` or `~`), or `tiny`, the model that the suite builds itself."""
+    compile: bool
+    """Whether the forward pass of training is compiled."""
+    trust_remote_code: bool
+    """Whether code that comes with the model may run, in all three models and the tokenizer."""
 
 
 @dataclass
@@ -186,7 +209,7 @@ class TrainConfig:
     deterministic: bool
     """Async mode: whether collecting and training alternate in a fixed order, so that a seed repeats a run."""
     optim_batch_size: int
-    """Responses per micro-batch, which is one gradient step."""
+    """Responses per micro-batch and training device; a gradient step is one micro-batch on each."""
     gradient_accumulation_steps: int
     """Gradient steps per optimizer step."""
     mixed_precision: bool
@@ -207,11 +230,38 @@ class TrainConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021, arXiv:2106.09685) on every linear layer but the head."""
+
+    enabled: bool
+    """Whether adapters are trained in place of the model's own weights."""
+    r: int
+    """Rank of the adapters."""
+    alpha: float
+    """An adapter's output is scaled by alpha / r."""
+    dropout: float
+    """Share of an adapter's inputs that are dropped in training, from 0 to below 1."""
+
+
+@dataclass
+class QuantizationConfig:
+    """4-bit weights (NF4, with the package bitsandbytes)."""
+
+    enabled: bool
+    """Whether the frozen weights are held in four bits."""
+
+
+@dataclass
 class TrainModelConfig:
     """The policy while it is trained."""
 
     num_devices: int
-    """Accelerators for training."""
+    """Data-parallel ranks, each with an accelerator of its own; on a CPU, processes."""
+    parallel: Parallel
+    """With several devices: `ddp` keeps the whole model on each, `fsdp` a share; `auto`: `fsdp` for full fine-tuning on
+    accelerators, else `ddp`."""
+    lora: LoraConfig
+    quantization: QuantizationConfig
     gradient_checkpointing: bool
     """Whether activations are computed again in the backward pass instead of kept."""
     attn_implementation: str
@@ -229,9 +279,13 @@ class InferenceModelConfig:
     """The engine that samples responses."""
 
     backend: InferenceBackend
-    """Which engine."""
+    """Which engine: `vllm`, or Hugging Face's own generation for small models and machines without vLLM."""
     num_devices: int
-    """Accelerators for the engine."""
+    """Accelerators of an engine, which share its model (tensor parallelism); on a CPU, processes. vLLM only."""
+    num_replicas: int
+    """Engines, each with `num_devices`, that share the prompts."""
+    attn_implementation: str
+    """As `train_model.attn_implementation`, for `transformers`; vLLM chooses its own."""
     torch_dtype: Dtype
     """Type of the engine's weights."""
     gpu_memory_utilization: float
@@ -261,7 +315,9 @@ class RefModelConfig:
     """The frozen start model to which the KL divergence is taken."""
 
     num_devices: int | None
-    """Accelerators for the reference; null: one."""
+    """Replicas of the reference, each with an accelerator of its own; on a CPU, processes. 0 (with LoRA): none, the
+    trainer's model with its adapters switched off is the reference. null: 0 with LoRA, else 1."""
+    quantization: QuantizationConfig
     attn_implementation: str
     """As `train_model.attn_implementation`."""
     torch_dtype: Dtype
@@ -291,7 +347,7 @@ class OptimizerConfig:
     name: OptimizerName
     """By torch's name."""
     lr: float | None
-    """Peak learning rate; null: 1e-5."""
+    """Peak learning rate; null: 1e-5, or 1e-4 with LoRA."""
     betas: list[float]
     """Adam's and AdamW's two decay rates; no meaning for SGD."""
     weight_decay: float
@@ -305,6 +361,8 @@ class OptimizerConfig:
 class WeightUpdateConfig:
     """Pushing trained weights into the engine, and proof that they arrived."""
 
+    lora_only: bool
+    """With LoRA: whether only the adapters travel and the engine applies them; false merges them into whole weights."""
     probe_frequency: int
     """Pushes between comparisons of trainer and engine; 0: at the start, and until the weights have changed visibly."""
     probe_tolerance: float | None
@@ -383,6 +441,8 @@ class Config:
     """Seed of data order, initialization, sampling and selection."""
     device: Device
     """`auto`: accelerators where there are any; `cpu`; `cuda`: accelerators, or the run is refused."""
+    placement: Placement
+    """`dedicated`: every model has accelerators of its own; `colocated`: all share one; `auto`: as there are enough."""
     env: EnvConfig
     reward: RewardConfig
     model: ModelConfig
@@ -396,6 +456,20 @@ class Config:
     tiny: TinyConfig
     ray: RayConfig
     logging: LoggingConfig
+
+
+def learning_rate(cfg: Config) -> float:
+    """The peak learning rate, given or chosen by what is trained."""
+    if cfg.optimizer.lr is not None:
+        return cfg.optimizer.lr
+    return LORA_LR if cfg.train_model.lora.enabled else FULL_FINE_TUNING_LR
+
+
+def num_references(cfg: Config) -> int:
+    """Replicas of the reference; 0 where the trainer's model with its adapters off is the reference."""
+    if cfg.ref_model.num_devices is not None:
+        return cfg.ref_model.num_devices
+    return 0 if cfg.train_model.lora.enabled else 1
 
 
 def register_schema() -> None:

@@ -64,12 +64,17 @@ def derive_sizes(cfg: Config) -> Sizes:
     )
 
 
+def responses_per_gradient_step(cfg: Config) -> int:
+    """Responses of one gradient step: a micro-batch on each training device."""
+    return cfg.train.optim_batch_size * cfg.train_model.num_devices
+
+
 def optimizer_steps_of_batch(cfg: Config, num_responses: int) -> int:
     """Optimizer steps that a synchronous run makes of the responses of one batch, all epochs together.
 
     Each epoch ends with a smaller micro-batch, each batch with a smaller optimizer step: nothing is carried over.
     """
-    gradient_steps = cfg.train.epochs * ceil_div(num_responses, cfg.train.optim_batch_size)
+    gradient_steps = cfg.train.epochs * ceil_div(num_responses, responses_per_gradient_step(cfg))
     return ceil_div(gradient_steps, cfg.train.gradient_accumulation_steps)
 
 
@@ -87,7 +92,8 @@ def due_gradient_steps(cfg: Config, responses_kept: int, progress: float) -> int
         # Steps x batches done / batches may fall just short of the whole number that it is.
         return math.floor(train.total_optimizer_steps * progress + 1e-9) * train.gradient_accumulation_steps
     draws = train.epochs * responses_kept
-    return ceil_div(draws, train.optim_batch_size) if progress >= 1 else draws // train.optim_batch_size
+    per_step = responses_per_gradient_step(cfg)
+    return ceil_div(draws, per_step) if progress >= 1 else draws // per_step
 
 
 def batches_ahead(cfg: Config) -> int | None:
@@ -123,7 +129,9 @@ def _steps(cfg: Config, trained: list[int]) -> tuple[int, int]:
     """Gradient and optimizer steps over the run, at most, given the responses trained on after each batch."""
     train = cfg.train
     if train.sync:
-        gradient_steps = sum(train.epochs * ceil_div(responses, train.optim_batch_size) for responses in trained)
+        gradient_steps = sum(
+            train.epochs * ceil_div(responses, responses_per_gradient_step(cfg)) for responses in trained
+        )
         return gradient_steps, sum(optimizer_steps_of_batch(cfg, responses) for responses in trained)
     gradient_steps = due_gradient_steps(cfg, sum(trained), progress=1)
     return gradient_steps, ceil_div(gradient_steps, train.gradient_accumulation_steps)
@@ -132,7 +140,7 @@ def _steps(cfg: Config, trained: list[int]) -> tuple[int, int]:
 def _describe_sync(sizes: Sizes, cfg: Config) -> list[str]:
     train = cfg.train
     return [
-        f"{_describe_trained(sizes)} / {train.optim_batch_size} a micro-batch, {train.epochs} epochs, "
+        f"{_describe_trained(sizes)} / {responses_per_gradient_step(cfg)} a gradient step, {train.epochs} epochs, "
         f"{sizes.num_batches} batches -> {_describe_steps(sizes, cfg)}",
         f"buffer: {sizes.buffer_size} responses",
     ]
@@ -150,12 +158,14 @@ def _describe_drawn(sizes: Sizes, cfg: Config) -> str:
     train = cfg.train
     kept = f"at most {sizes.max_kept_per_batch} kept a batch x {sizes.num_batches} batches"
     if train.total_optimizer_steps is None:
-        drawn = f"{kept} x {train.epochs} epochs / {train.optim_batch_size} a micro-batch"
+        drawn = f"{kept} x {train.epochs} epochs / {responses_per_gradient_step(cfg)} a gradient step"
         return f"{drawn} -> {_describe_steps(sizes, cfg)}"
-    epochs = sizes.max_gradient_steps * train.optim_batch_size / (sizes.max_kept_per_batch * sizes.num_batches)
+    epochs = (
+        sizes.max_gradient_steps * responses_per_gradient_step(cfg) / (sizes.max_kept_per_batch * sizes.num_batches)
+    )
     return (
         f"{sizes.max_optimizer_steps} optimizer steps x {train.gradient_accumulation_steps} = "
-        f"{sizes.max_gradient_steps} gradient steps; x {train.optim_batch_size} a micro-batch / ({kept}) -> at least "
+        f"{sizes.max_gradient_steps} gradient steps; x {responses_per_gradient_step(cfg)} each / ({kept}) -> at least "
         f"{epochs:.3g} epochs"
     )
 

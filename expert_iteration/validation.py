@@ -17,10 +17,12 @@ from expert_iteration.config import (
     Dataset,
     Device,
     Dtype,
+    InferenceBackend,
     KLScheduleType,
     LoggingBackend,
     LoggingMode,
     LossFunction,
+    Parallel,
 )
 from expert_iteration.errors import UserError
 from expert_iteration.sizes import derive_sizes
@@ -43,12 +45,13 @@ AT_LEAST_ONE = (
     "train.logging_frequency",
     "train_model.num_devices",
     "train_model.num_threads",
+    "train_model.lora.r",
     "inference_model.num_devices",
+    "inference_model.num_replicas",
     "inference_model.max_tokens",
     "inference_model.max_model_len",
     "inference_model.num_threads",
     "inference_model.kv_cache_gib",
-    "ref_model.num_devices",
     "ref_model.num_threads",
     "eval.num_prompts",
     "eval.num_samples",
@@ -60,6 +63,7 @@ AT_LEAST_ZERO = (
     "train.prioritized_sampling_beta",
     "train.max_policy_age",
     "train.checkpoint_frequency",
+    "ref_model.num_devices",
     "optimizer.weight_decay",
     "optimizer.scheduler.warmup_steps",
     "weight_update.probe_frequency",
@@ -71,6 +75,7 @@ ABOVE_ZERO = (
     "train.minor_sft_beta",
     "train.prioritized_sampling_epsilon",
     "train.collection_timeout",
+    "train_model.lora.alpha",
     "inference_model.temperature",
     "optimizer.lr",
     "optimizer.clip_grad_norm",
@@ -245,6 +250,58 @@ def mixed_precision_has_two_types(cfg: Config) -> None:
         )
 
 
+def lora_dropout_is_a_share(cfg: Config) -> None:
+    """At 1 nothing would be left."""
+    dropout = cfg.train_model.lora.dropout
+    if not 0 <= dropout < 1:
+        raise UserError(f"train_model.lora.dropout ({dropout}) must be from 0 to below 1.")
+
+
+def reference_has_a_place(cfg: Config) -> None:
+    """Only adapters can be switched off."""
+    if cfg.ref_model.num_devices == 0 and not cfg.train_model.lora.enabled:
+        raise UserError(
+            "ref_model.num_devices (0) needs train_model.lora.enabled=true, where the policy with its adapters off is "
+            "the reference: set ref_model.num_devices=null, or at least 1."
+        )
+
+
+def quantization_needs_lora(cfg: Config) -> None:
+    """Four bits cannot be trained."""
+    if cfg.train_model.quantization.enabled and not cfg.train_model.lora.enabled:
+        raise UserError(
+            "train_model.quantization.enabled (true) freezes the model's weights: set train_model.lora.enabled=true, "
+            "whose adapters are trained, or train_model.quantization.enabled=false."
+        )
+
+
+def quantization_is_on_one_whole_model(cfg: Config) -> None:
+    """FSDP cannot share out packed weights."""
+    if cfg.train_model.quantization.enabled and cfg.train_model.parallel is Parallel.fsdp:
+        raise UserError(
+            "train_model.parallel (fsdp) cannot share out the packed weights of train_model.quantization.enabled=true: "
+            "set train_model.parallel=ddp."
+        )
+
+
+def lora_only_needs_lora(cfg: Config) -> None:
+    """Without adapters there is nothing to send."""
+    if cfg.weight_update.lora_only and not cfg.train_model.lora.enabled:
+        raise UserError(
+            "weight_update.lora_only (true) needs train_model.lora.enabled=true: set one of them to the other's value."
+        )
+
+
+def tensor_parallelism_needs_vllm(cfg: Config) -> None:
+    """Hugging Face's generation runs on one device."""
+    if cfg.inference_model.backend is InferenceBackend.transformers and cfg.inference_model.num_devices > 1:
+        raise UserError(
+            f"inference_model.num_devices ({cfg.inference_model.num_devices}) above 1 is tensor parallelism, which "
+            "inference_model.backend=transformers does not have: set inference_model.num_replicas for more engines, or "
+            "inference_model.backend=vllm."
+        )
+
+
 def gradient_checkpointing_needs_train_mode(cfg: Config) -> None:
     """Transformers leaves it out in evaluation mode, without a word."""
     if cfg.train_model.eval and cfg.train_model.gradient_checkpointing:
@@ -378,6 +435,12 @@ RULES: tuple[Rule, ...] = (
     minor_sft_stands_alone,
     kl_schedule_has_a_start,
     mixed_precision_has_two_types,
+    lora_dropout_is_a_share,
+    reference_has_a_place,
+    quantization_needs_lora,
+    quantization_is_on_one_whole_model,
+    lora_only_needs_lora,
+    tensor_parallelism_needs_vllm,
     gradient_checkpointing_needs_train_mode,
     response_fits_context,
     kv_cache_gib_is_for_cpu,
