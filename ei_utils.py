@@ -19,6 +19,7 @@ import torch
 from ray.util.queue import Empty, Full
 
 from expert_iteration import timeline
+from expert_iteration.accelerators import memory_sizes
 from expert_iteration.actors import (
     BackgroundCollector,
     CollectorActor,
@@ -26,17 +27,22 @@ from expert_iteration.actors import (
     ReferenceActor,
     ReferenceClient,
 )
-from expert_iteration.cluster import default_threads, given, process_options, start_actor
-from expert_iteration.config import Config, InferenceBackend, Selection
-from expert_iteration.devices import DeviceAllocation, compute_device_allocation
-from expert_iteration.engine import CONCURRENCY_GROUPS, EngineClient, Sampling, VLLMEngine
+from expert_iteration.cluster import given, start_actor
+from expert_iteration.config import Config, InferenceBackend, Parallel, Selection, learning_rate, num_references
+from expert_iteration.devices import DeviceAllocation, compute_device_allocation, parallel_kind
+from expert_iteration.engine import Engine, Sampling
+from expert_iteration.engine_client import CONCURRENCY_GROUPS, EngineActor, EngineClient, EnginePool
+from expert_iteration.engine_memory import engine_cache_bytes, engine_memory_share
+from expert_iteration.model_shape import read_model_shape
 from expert_iteration.models import load_model, load_tokenizer, model_path
+from expert_iteration.places import Places
 from expert_iteration.remote import Waiting
-from expert_iteration.run_directory import log_file, timeline_file
+from expert_iteration.run_directory import log_file, process_name, timeline_file
 from expert_iteration.schedule import KLSchedule, create_cosine_scheduler_with_warmup, make_scheduler
 from expert_iteration.seeds import derive_seed
-from expert_iteration.sizes import batches_ahead, derive_sizes
+from expert_iteration.sizes import batches_ahead, derive_sizes, responses_per_gradient_step
 from expert_iteration.tasks import Task
+from expert_iteration.turns import Turns
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -44,12 +50,16 @@ if TYPE_CHECKING:
     from torchrl.data import RayReplayBuffer
     from torchrl.envs.llm import DatasetChatEnv
 
+    from expert_iteration.adapter_reference import AdapterReference
     from expert_iteration.collector import ExpertCollector
     from expert_iteration.evaluation import Evaluator
     from expert_iteration.learner import Learner, StepResult
     from expert_iteration.metrics import Metrics
+    from expert_iteration.policy_reader import PolicyReader
     from expert_iteration.replay_buffer import BufferReader
     from expert_iteration.sampler import RewardPrioritizedSampler
+    from expert_iteration.train_ranks import RankGroup
+    from expert_iteration.weight_transport import WeightTransport
     from expert_iteration.weight_update import WeightUpdater
 
 __all__ = [
@@ -62,19 +72,19 @@ __all__ = [
     "get_ref_model",
     "get_tokenizer",
     "get_train_model",
+    "load_policy",
     "log_training_metrics",
     "make_collector",
     "make_env",
     "make_evaluator",
     "make_learner",
+    "make_policy_reader",
     "make_replay_buffer",
     "make_sampler",
     "make_weight_updater",
     "start_collector",
+    "start_ranks",
 ]
-
-
-ENGINES = {InferenceBackend.vllm: VLLMEngine}
 
 
 class RemoteDataLogger:
@@ -179,56 +189,127 @@ def log_training_metrics(
 
 def get_tokenizer(cfg: Config) -> Any:
     """The tokenizer of the start model, with its chat template."""
-    return load_tokenizer(model_path(cfg))
+    return load_tokenizer(model_path(cfg), cfg.model.trust_remote_code)
 
 
-def get_hf_model(cfg: Config, *, dtype: str, attn_implementation: str, device: str) -> Any:
-    """The start model as a Hugging Face model, in evaluation mode."""
-    return load_model(model_path(cfg), dtype=dtype, attn_implementation=attn_implementation, device=device)
+def get_hf_model(
+    cfg: Config, *, section: str, dtype: str, attn_implementation: str, device: str, quantized: bool = False
+) -> Any:
+    """The start model as a Hugging Face model, in evaluation mode; `section` of `cfg` is whose keys errors name."""
+    return load_model(
+        model_path(cfg),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device=device,
+        trust_remote_code=cfg.model.trust_remote_code,
+        quantized=quantized,
+        section=section,
+    )
 
 
 def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
-    """The policy to be trained, with float32 master weights. Ray shows this process its own accelerator only."""
+    """The policy to be trained: what is trained of it in float32, a frozen base in the forward pass's type.
+
+    Ray shows this process its own accelerator only.
+    """
+    from expert_iteration.lora import add_adapters
+
+    lora = cfg.train_model.lora
+    is_sharded = parallel_kind(cfg, allocation) is Parallel.fsdp
+    # Updates of a usual size vanish in half precision; autocast lowers the forward pass only. Nothing updates a base.
+    base_dtype = autocast_dtype(cfg) if lora.enabled else None
     model = get_hf_model(
         cfg,
-        # Updates of a usual size vanish in half precision; autocast lowers the forward pass only.
-        dtype="float32",
+        section="train_model",
+        dtype=str(base_dtype or torch.float32).removeprefix("torch."),
         attn_implementation=cfg.train_model.attn_implementation,
-        device="cuda" if allocation["train_model_devices"] else "cpu",
+        # Sharded, the model moves to the accelerators layer by layer: none has room for the whole.
+        device="cuda" if allocation["train_model_devices"] and not is_sharded else "cpu",
+        quantized=cfg.train_model.quantization.enabled,
     )
+    if lora.enabled:
+        model = add_adapters(model, lora, derive_seed(cfg.seed, "lora"))
     if cfg.train_model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def get_inference_model(cfg: Config, allocation: DeviceAllocation, run_dir: Path) -> EngineClient:
-    """Start the engine with the start model in an actor of its own; returns at once, the engine loads meanwhile."""
-    actor = start_actor(
-        ENGINES[cfg.inference_model.backend],
-        process_options(cfg.inference_model.num_threads or default_threads(cfg), allocation["inference_model_devices"])
-        | {"concurrency_groups": CONCURRENCY_GROUPS},
-        model_path(cfg),
+def get_inference_model(cfg: Config, places: Places, run_dir: Path) -> EnginePool:
+    """Start the engines with the start model, each in an actor of its own; returns at once, they load meanwhile."""
+    count = cfg.inference_model.num_replicas
+    replicas = []
+    for index in range(count):
+        name = process_name("engine", index, count)
+        actor = start_actor(
+            EngineActor,
+            places.engine(index) | {"concurrency_groups": CONCURRENCY_GROUPS},
+            partial(make_engine, cfg, places.allocation),
+            log_path=log_file(run_dir, name),
+            # The report shows one lane for all engines, the first's.
+            timeline_path=timeline_file(run_dir, timeline.ENGINE if index == 0 else name),
+        )
+        replicas.append(EngineClient(actor, name))
+    return EnginePool(replicas)
+
+
+def make_engine(cfg: Config, allocation: DeviceAllocation) -> Engine:
+    """What an engine's actor consists of; called in its process."""
+    path, trust = model_path(cfg), cfg.model.trust_remote_code
+    if cfg.inference_model.backend is InferenceBackend.transformers:
+        from expert_iteration.transformers_engine import TransformersEngine
+
+        return TransformersEngine(
+            path,
+            cfg.inference_model,
+            batch_size=derive_sizes(cfg).num_envs,
+            device="cuda" if allocation["inference_model_devices"] else "cpu",
+            trust_remote_code=trust,
+            lora=cfg.train_model.lora if cfg.weight_update.lora_only else None,
+        )
+    from expert_iteration.gpu_transport import Way, choose_way
+    from expert_iteration.receiving_engine import ReceivingVLLMEngine
+    from expert_iteration.vllm_engine import VLLMEngine
+
+    shape, sizes, way = read_model_shape(path, trust), memory_sizes(cfg), choose_way(cfg, allocation)
+    is_sent_to = way is not Way.object_store
+    return (ReceivingVLLMEngine if is_sent_to else VLLMEngine)(
+        path,
         cfg.inference_model,
         seed=derive_seed(cfg.seed, "engine"),
-        log_path=log_file(run_dir, "engine"),
-        timeline_path=timeline_file(run_dir, timeline.ENGINE),
+        trust_remote_code=trust,
+        lora=cfg.train_model.lora if cfg.weight_update.lora_only else None,
+        weight_backend=way.value if is_sent_to else None,
+        sleeps=allocation["sleeps"],
+        memory_share=engine_memory_share(cfg, allocation, shape, sizes),
+        cache_bytes=engine_cache_bytes(cfg, allocation, shape, sizes),
     )
-    return EngineClient(actor)
 
 
-def get_ref_model(cfg: Config, allocation: DeviceAllocation, run_dir: Path) -> ReferenceClient:
-    """Start the frozen start model in an actor of its own; returns at once."""
-    devices = allocation["ref_model_devices"]
-    actor = start_actor(
-        ReferenceActor,
-        process_options(cfg.ref_model.num_threads or default_threads(cfg), devices),
-        model_path(cfg),
-        cfg.ref_model,
-        device="cuda" if devices else "cpu",
-        micro_batch_size=cfg.env.num_envs,
-        log_path=log_file(run_dir, "reference"),
-    )
-    return ReferenceClient(actor)
+def get_ref_model(cfg: Config, places: Places, run_dir: Path) -> ReferenceClient | None:
+    """Start the replicas of the frozen start model, each in an actor of its own; returns at once.
+
+    None where the policy with its adapters off is the reference (`ref_model.num_devices`).
+    """
+    count = num_references(cfg)
+    actors = {}
+    for index in range(count):
+        name = process_name("reference", index, count)
+        actors[name] = start_actor(
+            ReferenceActor,
+            places.reference(index),
+            partial(
+                get_hf_model,
+                cfg,
+                section="ref_model",
+                dtype=cfg.ref_model.torch_dtype.value,
+                attn_implementation=cfg.ref_model.attn_implementation,
+                device="cuda" if places.allocation["ref_model_devices"] else "cpu",
+                quantized=cfg.ref_model.quantization.enabled,
+            ),
+            micro_batch_size=cfg.env.num_envs,
+            log_path=log_file(run_dir, name),
+        )
+    return ReferenceClient(actors) if actors else None
 
 
 def make_env(cfg: Config, task: Task, tokenizer: Any) -> DatasetChatEnv:
@@ -256,7 +337,7 @@ def make_replay_buffer(cfg: Config) -> RayReplayBuffer:
         remote_config={"num_cpus": 0, "num_gpus": 0, **given(cfg.ray.replay_buffer_config)},
         storage=partial(LazyStackStorage, capacity),
         sampler=make_sampler(cfg, capacity),
-        batch_size=cfg.train.optim_batch_size,
+        batch_size=responses_per_gradient_step(cfg),
         capacity=capacity,
         seed=derive_seed(cfg.seed, "buffer"),
     )
@@ -278,7 +359,7 @@ def make_sampler(cfg: Config, capacity: int) -> Callable[[], RewardPrioritizedSa
 
 
 def start_collector(
-    cfg: Config, task: Task, engine: EngineClient, reference: ReferenceClient, log_queue: Any, run_dir: Path
+    cfg: Config, task: Task, engine: EnginePool, reference: ReferenceClient | None, log_queue: Any, run_dir: Path
 ) -> Any:
     """Start the collector's actor; returns its handle at once."""
     return start_actor(
@@ -291,7 +372,7 @@ def start_collector(
 
 
 def get_collector_client(
-    cfg: Config, actor: Any, replay_buffer: Any, waiting: Waiting
+    cfg: Config, actor: Any, replay_buffer: Any, waiting: Waiting, turns: Turns
 ) -> CollectorClient | BackgroundCollector:
     """The trainer's view of the collector: batch after batch, or in the background.
 
@@ -300,17 +381,18 @@ def get_collector_client(
         actor: from `start_collector`.
         replay_buffer: a client of the buffer, for the collector to write into.
         waiting: how to wait for a batch.
+        turns: of engine and trainer on an accelerator that they share.
     """
     num_batches = derive_sizes(cfg).num_batches
     if cfg.train.sync:
         # The engine generates the next batch while the learner trains on this one.
         overlap = cfg.train.sync_iter is False
-        return CollectorClient(actor, replay_buffer, num_batches, overlap=overlap, waiting=waiting)
+        return CollectorClient(actor, replay_buffer, num_batches, overlap=overlap, waiting=waiting, turns=turns)
     return BackgroundCollector(actor, replay_buffer, num_batches, batches_ahead=batches_ahead(cfg), waiting=waiting)
 
 
 def make_collector(
-    cfg: Config, task: Task, engine: EngineClient, reference: ReferenceClient, log_queue: Any
+    cfg: Config, task: Task, engine: EnginePool, reference: ReferenceClient | None, log_queue: Any
 ) -> ExpertCollector:
     """What the collector's actor consists of; called in its process."""
     from expert_iteration.collector import ExpertCollector
@@ -338,7 +420,7 @@ def make_collector(
             selection=cfg.train.selection.value,
             seed=derive_seed(cfg.seed, "selection"),
         ),
-        retrieve_log_prob=RetrieveLogProb(reference.score),
+        retrieve_log_prob=None if reference is None else RetrieveLogProb(reference.score),
         postproc=data_logger,
         log_record=data_logger.send,
         dialog_turns_per_batch=sizes.turns_per_batch,
@@ -347,23 +429,74 @@ def make_collector(
     )
 
 
-def make_learner(cfg: Config, policy_training: nn.Module, tokenizer: Any) -> Learner:
-    """Loss, optimizer, schedule, and what turns micro-batches into optimizer steps."""
-    from expert_iteration.learner import Learner
-    from expert_iteration.loss import SFTLoss
-    from expert_iteration.optimizer import make_optimizer
+def start_ranks(cfg: Config, places: Places, run_dir: Path) -> RankGroup | None:
+    """Start the further training ranks, which load the policy meanwhile; None where this process is the only one."""
+    from expert_iteration.train_ranks import RankGroup
 
+    count = cfg.train_model.num_devices
+    if count == 1:
+        return None
+    backend = "cpu:gloo,cuda:nccl" if places.allocation["train_model_devices"] else "gloo"
+    options = [places.trainer(rank) for rank in range(1, count)]
+    return RankGroup(partial(load_policy, cfg, places.allocation), options, run_dir, backend)
+
+
+def load_policy(cfg: Config, allocation: DeviceAllocation) -> tuple[nn.Module, Any]:
+    """Model and tokenizer, as every training rank loads them."""
+    return get_train_model(cfg, allocation), get_tokenizer(cfg)
+
+
+def make_learner(
+    cfg: Config,
+    allocation: DeviceAllocation,
+    loaded: tuple[nn.Module, Any],
+    rank: int = 0,
+    ranks: RankGroup | None = None,
+) -> Learner:
+    """Loss, optimizer, schedule, and what turns micro-batches into optimizer steps; runs in every rank's process.
+
+    Args:
+        cfg: the configuration.
+        allocation: which model has which devices.
+        loaded: from `load_policy`.
+        rank: of this process.
+        ranks: on rank 0, where there are others.
+    """
+    from transformers import set_seed
+
+    from expert_iteration.data_parallel import Alone, Replicas, Shards
+    from expert_iteration.learner import Learner
+    from expert_iteration.log_probs import LogProbModel
+    from expert_iteration.loss import SFTLoss
+    from expert_iteration.models import compile_forward
+    from expert_iteration.optimizer import make_optimizer
+    from expert_iteration.parallel_learner import ParallelLearner
+
+    set_seed(derive_seed(cfg.seed, "training", rank))  # dropout differs from rank to rank; adapters have their own seed
+    policy, tokenizer = loaded
+    log_prob_model = LogProbModel(policy)
+    device = "cuda" if allocation["train_model_devices"] else "cpu"
+    if cfg.train_model.num_devices == 1:
+        parallel: Alone = Alone()
+    elif parallel_kind(cfg, allocation) is Parallel.fsdp:
+        parallel = Shards(device)
+    else:
+        parallel = Replicas()
+    parallel.prepare(log_prob_model, autocast_dtype(cfg))
+    if cfg.model.compile:
+        compile_forward(policy)
     loss_fn = SFTLoss(
-        actor_network=policy_training,
+        actor_network=log_prob_model,
         tokenizer=tokenizer,
         kl_to_ref_coeff=cfg.train.kl_to_ref_coeff,
         loss_function=cfg.train.loss_function.value,
         beta=cfg.train.minor_sft_beta,
     )
-    optimizer = make_optimizer(policy_training, cfg.optimizer)
+    optimizer = make_optimizer(policy, cfg.optimizer, learning_rate(cfg))
     kl_start, kl_to_ref_schedule = cfg.train.kl_to_ref_coeff, cfg.train.kl_to_ref_schedule
-    return Learner(
-        policy_training,
+    make = Learner if ranks is None else partial(ParallelLearner, ranks=ranks)
+    return make(
+        policy,
         loss_fn,
         optimizer,
         make_scheduler(optimizer, cfg.optimizer.scheduler, derive_sizes(cfg).max_optimizer_steps),
@@ -373,37 +506,82 @@ def make_learner(cfg: Config, policy_training: nn.Module, tokenizer: Any) -> Lea
         max_bad_steps=cfg.train.max_bad_steps,
         eval_mode=cfg.train_model.eval,
         kl_schedule=KLSchedule(kl_start, kl_to_ref_schedule.end, kl_to_ref_schedule.type) if kl_start else None,
+        parallel=parallel,
+        reference=make_adapter_reference(cfg, policy, log_prob_model, ranks) if rank == 0 else None,
     )
 
 
+def make_adapter_reference(
+    cfg: Config, policy: Any, log_prob_model: nn.Module, ranks: RankGroup | None
+) -> AdapterReference | None:
+    """The policy with its adapters off, which scores responses when they are drawn first; None where actors score."""
+    if num_references(cfg):
+        return None
+    from expert_iteration.adapter_reference import AdapterReference, BaseScorer
+    from expert_iteration.parallel_learner import ParallelBaseScorer
+
+    # In the trainer memory is sized by training's micro-batches.
+    size, dtype = cfg.train.optim_batch_size, autocast_dtype(cfg)
+    scorer = (
+        BaseScorer(policy, model=log_prob_model, micro_batch_size=size, autocast_dtype=dtype)
+        if ranks is None
+        else ParallelBaseScorer(ranks, policy, log_prob_model, micro_batch_size=size, autocast_dtype=dtype)
+    )
+    return AdapterReference(scorer.score, derive_sizes(cfg).buffer_size)
+
+
+def make_policy_reader(cfg: Config, learner: Learner, ranks: RankGroup | None) -> PolicyReader:
+    """How pushes, probes and `last/` read the policy."""
+    from expert_iteration.parallel_learner import ParallelPolicyReader
+    from expert_iteration.policy_reader import PolicyReader
+
+    if ranks is None:
+        return PolicyReader(autocast_dtype(cfg))
+    return ParallelPolicyReader(learner, ranks, autocast_dtype(cfg))
+
+
+def make_weight_transport(cfg: Config, allocation: DeviceAllocation, engine: EnginePool) -> WeightTransport:
+    """How weights get to the engines: over NCCL, through CUDA IPC, or through Ray's object store."""
+    from expert_iteration.gpu_transport import GpuTransport, Way, choose_way, connect_ipc, connect_nccl
+    from expert_iteration.weight_transport import PackedTransport
+
+    way, dtype = choose_way(cfg, allocation), getattr(torch, cfg.inference_model.torch_dtype.value)
+    if way is Way.object_store:
+        return PackedTransport(engine, dtype)
+    connect = connect_ipc if way is Way.ipc else connect_nccl(cfg.inference_model.num_devices)
+    return GpuTransport(engine, connect, dtype, timeout=cfg.weight_update.timeout)
+
+
 def make_weight_updater(
-    cfg: Config, engine: EngineClient, task: Task, tokenizer: Any, directory: Path
+    cfg: Config, allocation: DeviceAllocation, engine: EnginePool, reader: PolicyReader, task: Task, tokenizer: Any
 ) -> WeightUpdater:
-    """What pushes the policy's weights to the engine: `push_weights(policy_training)`.
+    """What pushes the policy's weights to the engines: `push_weights(policy_training)`.
 
     Args:
         cfg: the `weight_update` section and the dtypes.
-        engine: the engine's client.
+        allocation: which model has which devices.
+        engine: the engines' client.
+        reader: of the policy.
         task: its held-out problems make the probe.
         tokenizer: of the model.
-        directory: for weights in flight.
     """
     from expert_iteration.evaluation import probe_sequences
     from expert_iteration.weight_update import WeightUpdater
 
     return WeightUpdater(
         engine,
+        make_weight_transport(cfg, allocation, engine),
+        reader,
         probe=probe_sequences(tokenizer, task.heldout, task.system_prompt),
-        directory=directory,
-        wire_dtype=getattr(torch, cfg.inference_model.torch_dtype.value),
-        autocast_dtype=autocast_dtype(cfg),
+        adapters_only=cfg.weight_update.lora_only,
+        is_quantized=cfg.train_model.quantization.enabled,
         probe_frequency=cfg.weight_update.probe_frequency,
         tolerance=cfg.weight_update.probe_tolerance,
         timeout=cfg.weight_update.timeout,
     )
 
 
-def make_evaluator(cfg: Config, engine: EngineClient, task: Task, tokenizer: Any, metrics: Metrics) -> Evaluator:
+def make_evaluator(cfg: Config, engine: EnginePool, task: Task, tokenizer: Any, metrics: Metrics) -> Evaluator:
     """Evaluation of the engine's policy on held-out prompts."""
     from expert_iteration.evaluation import Evaluator
 

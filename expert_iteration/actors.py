@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from expert_iteration import timeline
-from expert_iteration.config import RefModelConfig
 from expert_iteration.remote import Waiting, get_from
 from expert_iteration.screen import redirect_output
+from expert_iteration.turns import Turns
 
 if TYPE_CHECKING:
     import torch
@@ -74,19 +74,24 @@ class CollectorClient:
         num_batches: after which the iteration ends.
         overlap: gather the next batch while the caller works on the one just yielded (`train.sync_iter=false`).
         waiting: how to wait for a batch.
+        turns: of engine and trainer on an accelerator that they share.
     """
 
-    def __init__(self, actor: Any, replay_buffer: Any, num_batches: int, *, overlap: bool, waiting: Waiting) -> None:
+    def __init__(
+        self, actor: Any, replay_buffer: Any, num_batches: int, *, overlap: bool, waiting: Waiting, turns: Turns
+    ) -> None:
         self._actor = actor
         self._replay_buffer = replay_buffer
         self._num_batches = num_batches
         self._overlap = overlap
         self._waiting = waiting
+        self._turns = turns
 
     def __iter__(self) -> Iterator[CollectedBatch]:
         since, num_empty = time.monotonic(), 0
         for index in range(self._num_batches):
             if index == 0 or not self._overlap:
+                self._turns.to_engine()
                 collected = self._actor.collect.remote()
             with _waiting_for_data():
                 self._waiting.wait(collected, since, kept_nothing(num_empty))
@@ -190,22 +195,17 @@ class ReferenceActor:
     """The frozen start model in a process of its own.
 
     Args:
-        name: hub id or folder of the model.
-        config: the `ref_model` section.
-        device: a torch device.
+        load_model: loads it there.
         micro_batch_size: rows scored at once.
         log_path: where this process's output goes.
     """
 
-    def __init__(self, name: str, config: RefModelConfig, *, device: str, micro_batch_size: int, log_path: str) -> None:
+    def __init__(self, load_model: Callable[[], Any], *, micro_batch_size: int, log_path: str) -> None:
         redirect_output(log_path)
-        from expert_iteration.models import load_model
         from expert_iteration.scorer import ReferenceScorer
 
-        dtype, attention = config.torch_dtype.value, config.attn_implementation
-        model = load_model(name, dtype=dtype, attn_implementation=attention, device=device)
         # Any id does for padding, which is masked.
-        self._scorer = ReferenceScorer(model, pad_token_id=0, micro_batch_size=micro_batch_size)
+        self._scorer = ReferenceScorer(load_model(), pad_token_id=0, micro_batch_size=micro_batch_size)
 
     def score(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `ReferenceScorer.score`."""
@@ -213,11 +213,26 @@ class ReferenceActor:
 
 
 class ReferenceClient:
-    """A picklable handle on the reference's actor."""
+    """A picklable handle on the reference's actors, which share the work.
 
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    Args:
+        actors: `ReferenceActor`s by the names of their processes.
+    """
+
+    def __init__(self, actors: dict[str, Any]) -> None:
+        self.actors = actors
 
     def score(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `ReferenceScorer.score`."""
-        return get_from("reference", self.actor.score.remote(rows))
+        # Dealt out by length, so that every replica gets about as many tokens, and rows of like length stay together.
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        shares = [order[number :: len(self.actors)] for number in range(len(self.actors))]
+        calls = {
+            name: (share, actor.score.remote([rows[index] for index in share]))
+            for (name, actor), share in zip(self.actors.items(), shares, strict=True)
+            if share
+        }
+        scored: dict[int, torch.Tensor] = {}
+        for name, (share, call) in calls.items():
+            scored.update(zip(share, get_from(name, call), strict=True))
+        return [scored[index] for index in range(len(rows))]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from expert_iteration import timeline
 from expert_iteration.config import Config, to_plain_dict
+from expert_iteration.models import without_weights
+from expert_iteration.policy_reader import PolicyReader
 
 if TYPE_CHECKING:
     from expert_iteration.learner import Learner
@@ -28,7 +30,9 @@ class Checkpointer:
     def __init__(self, directory: Path, learner: Learner, cfg: Config) -> None:
         self._directory = directory
         self._learner = learner
-        self._config = to_plain_dict(cfg)
+        self._about: dict[str, Any] = {"config": to_plain_dict(cfg)}
+        if cfg.train_model.lora.enabled:
+            self._about["base_model"] = cfg.model.name
         self._last_step = -1
 
     def save(self) -> Path:
@@ -36,22 +40,17 @@ class Checkpointer:
 
         It loads on any machine, whatever was trained on, with `torch.load(path, weights_only=True)`: step, optim_step,
         model_state_dict, optimizer_state_dict, scheduler_state_dict, scaler_state_dict, config, and the learner's
-        further counters.
+        further counters. With LoRA model_state_dict holds the adapters alone, and base_model says of which model.
         """
         step = self._learner.gradient_steps
         path = self._directory / f"checkpoint_{step}.pt"
         if step == self._last_step:
             return path
         self._directory.mkdir(parents=True, exist_ok=True)
-        state = {
-            **self._learner.state_dict(),
-            "model_state_dict": self._learner.model.state_dict(),
-            "config": self._config,
-        }
         temporary = path.with_suffix(".tmp")
         try:
             with timeline.span(timeline.SAVING):
-                torch.save(_to_cpu(state, {}), temporary)
+                torch.save({**self._learner.checkpoint(), **self._about}, temporary)
                 # Whoever sees the name sees a whole file.
                 os.replace(temporary, path)
         finally:
@@ -60,32 +59,29 @@ class Checkpointer:
         return path
 
 
-def _to_cpu(state: Any, moved: dict[Any, torch.Tensor]) -> Any:
-    """A nested state with its tensors on the CPU, those in `moved` taken from there: tied ones are written once."""
-    if isinstance(state, dict):
-        return {key: _to_cpu(value, moved) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_to_cpu(value, moved) for value in state)
-    if not isinstance(state, torch.Tensor):
-        return state
-    identity = state.device, state.data_ptr(), state.dtype, state.shape, state.stride()
-    if identity not in moved:
-        moved[identity] = state.cpu()
-    return moved[identity]
+def save_pretrained(
+    policy: nn.Module, tokenizer: Any, directory: Path, dtype: torch.dtype, reader: PolicyReader | None = None
+) -> None:
+    """Save policy and tokenizer as a Hugging Face folder: an ordinary model, whatever the policy is while it trains.
 
-
-def save_pretrained(model: Any, tokenizer: Any, directory: Path, dtype: torch.dtype) -> None:
-    """Save model and tokenizer as a Hugging Face folder, floating-point weights in `dtype` (the engine's)."""
-    # Tied tensors are cast once, or transformers would take the copies for two and write both.
-    cast: dict[Any, torch.Tensor] = {}
-    weights = {}
-    for name, tensor in model.state_dict().items():
+    Args:
+        policy: a Hugging Face model, or PEFT's wrapper of one; it may be quantized or sharded.
+        tokenizer: of the model.
+        directory: the folder.
+        dtype: of the floating-point weights in the folder (the engine's).
+        reader: reads the policy; by default one for a policy that lies in this process alone.
+    """
+    # transformers writes down the dtype of the model that saves, in which whoever loads the folder gets it.
+    model = without_weights(policy).to(dtype)
+    # Tied tensors must be one here too, or transformers would write both.
+    first_names: dict[int, str] = {}
+    tied_to = {
+        name: first_names.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in (reader or PolicyReader()).weights(policy):
         target = dtype if tensor.is_floating_point() else tensor.dtype
-        identity = tensor.data_ptr(), tensor.shape
-        weights[name] = cast.setdefault(identity, tensor.detach().to("cpu", target))
+        first = tied_to[name]
+        weights[name] = weights[first] if first in weights else tensor.to("cpu", target)
     model.save_pretrained(directory, state_dict=weights)
-    # transformers writes the dtype of the model in memory, in which whoever loads the folder would get it.
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -17,21 +18,23 @@ import ray
 from expert_iteration.config import Config
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.errors import UserError
+from expert_iteration.places import Places, check_hosts, reserve
 
 EXIT_SECONDS = 1.0
+KNOCK_SECONDS = 10.0
 RELEASE_SECONDS = 10.0  # for the processes of a run to exit by themselves once Ray is down
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def ray_running(cfg: Config) -> Iterator[DeviceAllocation]:
-    """Ray for one run, as `start_ray`; on leaving, Ray and every process that was started meanwhile are gone.
+def ray_running(cfg: Config) -> Iterator[Places]:
+    """Ray for one run, as `start_ray`, with its places; on leaving, Ray and every process started meanwhile are gone.
 
     The next job of a sweep then finds memory and accelerators free.
     """
     others = psutil.Process().children(recursive=True)
     try:
-        yield start_ray(cfg)
+        yield reserve(cfg, start_ray(cfg))
     finally:
         shut_down_ray(others)
 
@@ -85,16 +88,49 @@ def start_ray(cfg: Config) -> DeviceAllocation:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without an address Ray would join whatever it finds, for instance a colleague's cluster on the same machine.
     options = {"address": "local"} | given(cfg.ray.init_config)
-    # Actors import the package and ei_utils from any working directory.
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))}
-    runtime_env = options.get("runtime_env", {})
-    options["runtime_env"] = runtime_env | {"env_vars": environment | runtime_env.get("env_vars", {})}
-    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(**quiet | options)
+    is_local = options["address"] == "local"
+    ours = _code_on_this_host() if is_local else _code_that_travels()
+    theirs = options.get("runtime_env", {})
+    env_vars = ours.pop("env_vars", {}) | theirs.get("env_vars", {})
+    options["runtime_env"] = ours | theirs | {"env_vars": env_vars}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if is_local:
+        quiet["include_dashboard"] = False
+    try:
+        _knock(options["address"])
+        ray.init(**quiet | options)
+    except OSError as error:
+        raise UserError(
+            f"ray.init_config.address ({options['address']}): no Ray cluster answers there. Start one with `ray start "
+            "--head`, and `ray start --address=HOST:6379` on every other host, or set the key to null for this machine."
+        ) from error
     available = ray.cluster_resources()
     allocation = compute_device_allocation(cfg, int(available.get("GPU", 0)))
     check_resources(cfg, allocation, available)
+    check_hosts(allocation, [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]])
     return allocation
+
+
+def _knock(address: str) -> None:
+    """See whether somebody answers at a HOST:PORT: Ray itself would try for more than ten minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+
+
+def _code_on_this_host() -> dict[str, Any]:
+    """Ray's runtime environment in which processes import the package and ei_utils from any working directory."""
+    path = os.pathsep.join(filter(None, (str(PROJECT_ROOT), os.environ.get("PYTHONPATH"))))
+    return {"env_vars": {"PYTHONPATH": path}}
+
+
+def _code_that_travels() -> dict[str, Any]:
+    """The same for the hosts of a cluster, to which Ray brings the code, and nothing else that lies beside it."""
+    return {"py_modules": [str(PROJECT_ROOT / "expert_iteration"), str(PROJECT_ROOT / "ei_utils.py")]}
 
 
 def check_resources(cfg: Config, allocation: DeviceAllocation, available: dict[str, float]) -> None:
@@ -144,28 +180,6 @@ def stop_actors(actors: Sequence[Any], timeout: float = 10.0) -> None:
     ray.wait([actor.__ray_terminate__.remote() for actor in actors], num_returns=len(actors), timeout=timeout)
     # Ray says so as soon as an actor has begun to exit; its exit handlers (vLLM's, W&B's) take about half a second.
     time.sleep(EXIT_SECONDS)
-
-
-def default_threads(cfg: Config) -> int:
-    """CPU threads of a model's process where none are set: all cores, or half where engine and trainer work at once.
-
-    Threads of two models on the same cores wait for each other in the middle of their matrix products.
-    """
-    cores = os.cpu_count() or 1
-    take_turns = cfg.train.sync and cfg.train.sync_iter
-    return cores if take_turns else max(1, cores // 2)
-
-
-def process_options(num_threads: int, devices: Sequence[int]) -> dict[str, Any]:
-    """What Ray gives a model's process: its accelerators, and its number of CPU threads.
-
-    The threads by a variable, because torch's own setting holds for one thread only and Ray runs an actor's methods in
-    several. A process without accelerators is shown none: Ray hides them only from processes that ask for some.
-    """
-    env_vars = {"OMP_NUM_THREADS": str(num_threads)}
-    if not devices:
-        env_vars["CUDA_VISIBLE_DEVICES"] = ""
-    return {"num_cpus": 0, "num_gpus": len(devices), "runtime_env": {"env_vars": env_vars}}
 
 
 def _resources(options: dict[str, Any]) -> Counter[str]:

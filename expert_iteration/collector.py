@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.collectors.llm import LLMCollector
 
 from expert_iteration import timeline
 from expert_iteration.actors import CollectedBatch
 from expert_iteration.reference import RetrieveLogProb
-from expert_iteration.row_keys import STORED_KEYS
+from expert_iteration.row_keys import RESPONSE_ID_KEY, ROLLOUT_KEYS
 from expert_iteration.selection import TopKRewardSelector
 
 
@@ -28,7 +29,7 @@ class ExpertCollector:
         make_env: builds the environment (in this process: environments do not travel).
         policy: generates.
         selector: keeps the best of each group.
-        retrieve_log_prob: scores what is kept with the reference.
+        retrieve_log_prob: scores what is kept with the reference; None: rows are written without its log-probs.
         postproc: sees every batch before selection (the metrics hook, `RemoteDataLogger`).
         log_record: sends a record of metrics to the trainer.
         dialog_turns_per_batch: responses a batch.
@@ -42,7 +43,7 @@ class ExpertCollector:
         make_env: Callable[[], Any],
         policy: Any,
         selector: TopKRewardSelector,
-        retrieve_log_prob: RetrieveLogProb,
+        retrieve_log_prob: RetrieveLogProb | None,
         postproc: Callable[[TensorDictBase], TensorDictBase],
         log_record: Callable[[dict[str, float]], None],
         dialog_turns_per_batch: int,
@@ -55,7 +56,7 @@ class ExpertCollector:
         self._dialog_turns_per_batch = dialog_turns_per_batch
         self._num_batches = num_batches
         self._num_sample_groups = num_sample_groups
-        self._turns = self._empty_batches = 0
+        self._turns = self._empty_batches = self._responses_kept = 0
         self._pending: tuple[TensorDictBase | None, CollectedBatch] | None = None
         env = make_env()
         self._collector = LLMCollector(
@@ -78,8 +79,10 @@ class ExpertCollector:
         with timeline.span(timeline.COLLECTING):
             batch = next(self._batches)
             selected = self._selector.select(batch)
-        with timeline.span(timeline.REFERENCE):
-            kept = None if selected is None else self._retrieve_log_prob(_prune(selected))
+        kept = None if selected is None else self._number(_prune(selected))
+        if kept is not None and self._retrieve_log_prob is not None:
+            with timeline.span(timeline.REFERENCE):
+                kept = self._retrieve_log_prob(kept)
         self._turns += len(batch)
         summary = CollectedBatch(
             dialog_turns=self._turns,
@@ -110,13 +113,20 @@ class ExpertCollector:
                 replay_buffer.extend(kept.consolidate())
         return summary
 
+    def _number(self, rows: TensorDictBase) -> TensorDictBase:
+        """Give each response its running number, by which it is known wherever it goes; returns the rows."""
+        for number, row in enumerate(rows.unbind(0), start=self._responses_kept):
+            row.set(RESPONSE_ID_KEY, torch.tensor(number))
+        self._responses_kept += len(rows)
+        return rows
+
 
 def _prune(rows: TensorDictBase) -> TensorDictBase:
-    """Only what the buffer keeps, in plain tensordicts.
+    """Only what the buffer keeps of what a rollout says, in plain tensordicts.
 
     The environment's own classes travel badly: whoever unpickles one imports vLLM with it, which takes seconds.
     """
-    return lazy_stack([TensorDict({key: row.get(key) for key in STORED_KEYS}) for row in rows.unbind(0)])
+    return lazy_stack([TensorDict({key: row.get(key) for key in ROLLOUT_KEYS}) for row in rows.unbind(0)])
 
 
 def _sample_groups(batch: TensorDictBase, selected: TensorDictBase | None, num_groups: int) -> list[dict[str, Any]]:

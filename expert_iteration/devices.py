@@ -1,80 +1,102 @@
 """Which model gets which devices: pure functions of the configuration and the number of accelerators."""
 
-import ctypes
-import os
-from collections.abc import Mapping
 from typing import TypedDict
 
-from expert_iteration.config import Config, Device
+from expert_iteration.accelerators import count_accelerators
+from expert_iteration.config import Config, Device, InferenceBackend, Parallel, Placement, num_references
 from expert_iteration.errors import UserError
+
+# Ray counts resources in steps of 1 / 10,000.
+RAY_RESOLUTION = 10_000
+
+
+class GpuShares(TypedDict):
+    """What one process of each model asks of Ray as `num_gpus`; 0 without accelerators, or without such a process."""
+
+    train: float
+    inference: float
+    reference: float
 
 
 class DeviceAllocation(TypedDict):
-    """Accelerators by index among the visible ones; a model without any runs on the CPU."""
+    """Accelerators, numbered among those that a run uses; which of a machine's each of them is, Ray decides.
+
+    A model without any runs on the CPU, or (the reference) has no process of its own.
+    """
 
     train_model_devices: list[int]
+    """One for each data-parallel rank."""
     inference_model_devices: list[int]
+    """Those of all engines."""
     ref_model_devices: list[int]
+    """One for each replica of the reference."""
     ray_num_gpus: int
+    """Accelerators that the run uses."""
     cuda_visible_devices: str
-
-
-def count_accelerators(environ: Mapping[str, str] = os.environ) -> int:
-    """Accelerators that this process may use, without importing torch (seconds) or starting CUDA.
-
-    `CUDA_VISIBLE_DEVICES` restricts them as it does for CUDA: by index or unique id, cut off at the first that is not.
-    """
-    installed = _count_installed()
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or installed == 0:
-        return installed
-    count = 0
-    for entry in (part.strip() for part in visible.split(",")):
-        is_unique_id = entry.startswith(("GPU-", "MIG-"))
-        if not is_unique_id and not (entry.isdecimal() and int(entry) < installed):
-            break
-        count += 1
-    return count
+    """The same as a list for CUDA."""
+    inference_replicas: list[list[int]]
+    """For each engine, also on the CPU, the accelerators that share its model."""
+    placement: str
+    """`cpu`, `dedicated` (the engines have accelerators of their own), or `colocated` (all on one)."""
+    gpu_shares: GpuShares
+    sleeps: bool
+    """Whether the engine gives its memory back while the trainer works: they share an accelerator and take turns."""
 
 
 def compute_device_allocation(cfg: Config, num_accelerators: int) -> DeviceAllocation:
-    """Gives every model its own devices: the engine first, then the reference, then training.
+    """Gives every model its devices: the engines first, then the references, then training.
+
+    Each has its own where there are enough (`placement=auto`, or `dedicated`). Otherwise (`auto`), with one device for
+    each model, one accelerator holds all of them, and of two the engine has one and the reference shares the trainer's.
 
     Args:
-        cfg: reads `device` and the `num_devices` of the three models.
+        cfg: reads `device`, `placement`, and how many devices the three models ask for.
         num_accelerators: those of this machine (`count_accelerators`), or of the Ray cluster.
 
     Raises:
-        UserError: `device=cuda` without accelerators, fewer than the models need, or several devices on the CPU.
+        UserError: `device=cuda` without accelerators, fewer than the models need, or several devices for a model with
+            `placement=colocated`.
     """
-    counts = device_counts(cfg)
     if cfg.device is Device.cuda and num_accelerators == 0:
         raise UserError(
             "device (cuda) needs an accelerator and none is visible here: `make demo` shows the suite on a CPU, "
             "device=cpu runs this configuration on one (slowly), CUDA_VISIBLE_DEVICES may hide what there is."
         )
     if cfg.device is Device.cpu or num_accelerators == 0:
-        _refuse_many(counts, "without accelerators")
-        return _as_allocation([], [], [])
-    needed = sum(counts.values())
-    if needed > num_accelerators:
-        sum_text = " + ".join(f"{count} for {model}" for model, count in counts.items())
-        raise UserError(
-            f"{sum_text} = {needed} accelerators, but {num_accelerators} are visible: "
-            f"{_remedy_for_too_few(counts, num_accelerators)}."
-        )
-    devices = iter(range(needed))
-    inference, ref, train = ([next(devices) for _ in range(count)] for count in counts.values())
-    return _as_allocation(train, inference, ref)
+        return _without_accelerators(cfg)
+    needed = sum(device_counts(cfg).values())
+    if cfg.placement is Placement.colocated:
+        _refuse_several(cfg)
+    elif needed <= num_accelerators:
+        return _dedicated(cfg)
+    elif cfg.placement is Placement.dedicated or _asks_for_several(cfg):
+        raise UserError(_explain_too_few(cfg, num_accelerators))
+    elif num_accelerators > 1:
+        return _reference_beside_trainer()
+    return _colocated(cfg)
 
 
 def device_counts(cfg: Config) -> dict[str, int]:
     """Devices that each model asks for, in the order in which they are given out."""
     return {
-        "inference_model": cfg.inference_model.num_devices,
-        "ref_model": 1 if cfg.ref_model.num_devices is None else cfg.ref_model.num_devices,
+        "inference_model": cfg.inference_model.num_replicas * cfg.inference_model.num_devices,
+        "ref_model": num_references(cfg),
         "train_model": cfg.train_model.num_devices,
     }
+
+
+def parallel_kind(cfg: Config, allocation: DeviceAllocation) -> Parallel:
+    """How several ranks train one model, with `train_model.parallel=auto` decided; a single rank has it whole (ddp).
+
+    Full fine-tuning keeps four float32 numbers for each weight, which is worth sharing out; adapters are so few that
+    gathering the base again and again would cost more than it saves. On a CPU all ranks share one memory anyway.
+    """
+    if cfg.train_model.num_devices == 1:
+        return Parallel.ddp
+    if cfg.train_model.parallel is not Parallel.auto:
+        return cfg.train_model.parallel
+    on_accelerators = bool(allocation["train_model_devices"])
+    return Parallel.fsdp if on_accelerators and not cfg.train_model.lora.enabled else Parallel.ddp
 
 
 def check_devices(cfg: Config) -> None:
@@ -83,48 +105,100 @@ def check_devices(cfg: Config) -> None:
     A Ray cluster (`ray.init_config.address`) has devices that this machine does not see; there Ray decides later.
 
     Raises:
-        UserError: as `compute_device_allocation`, or more devices for a model than the suite can use so far.
+        UserError: as `compute_device_allocation`.
     """
     if cfg.ray.init_config.get("address") is None:
         compute_device_allocation(cfg, count_accelerators())
-    _refuse_many(device_counts(cfg), "by this version")
 
 
-def _remedy_for_too_few(counts: dict[str, int], num_accelerators: int) -> str:
-    several = any(count > 1 for count in counts.values())
-    on_cpu = "device=cpu with every num_devices=1 (slow)" if several else "device=cpu (slow)"
-    if num_accelerators >= len(counts):
-        return f"lower *.num_devices (1 each takes {len(counts)}), or set {on_cpu}"
-    return f"{len(counts)} are needed, one for each model, so set {on_cpu}, or use a machine with {len(counts)}"
+def _asks_for_several(cfg: Config) -> bool:
+    return any(count > 1 for count in device_counts(cfg).values())
 
 
-def _refuse_many(counts: dict[str, int], where: str) -> None:
-    for model, count in counts.items():
-        if count > 1:
-            raise UserError(
-                f"{model}.num_devices ({count}) above 1 is not supported yet {where}: set {model}.num_devices=1."
-            )
+def _refuse_several(cfg: Config) -> None:
+    several = [f"{count} for {model}" for model, count in device_counts(cfg).items() if count > 1]
+    if several:
+        raise UserError(
+            f"placement (colocated) puts every model on one accelerator, but the run asks for {', '.join(several)}: "
+            "set every num_devices and inference_model.num_replicas to 1, or placement=auto."
+        )
 
 
-def _as_allocation(train: list[int], inference: list[int], ref: list[int]) -> DeviceAllocation:
-    used = sorted(train + inference + ref)
+def _explain_too_few(cfg: Config, num_accelerators: int) -> str:
+    counts = {model: count for model, count in device_counts(cfg).items() if count}
+    sum_text = " + ".join(f"{count} for {model}" for model, count in counts.items())
+    needed = sum(counts.values())
+    return (
+        f"{sum_text} = {needed} accelerators, but {num_accelerators} "
+        f"{'is' if num_accelerators == 1 else 'are'} visible: {'; '.join(_remedies(cfg, num_accelerators))}."
+    )
+
+
+def _remedies(cfg: Config, num_accelerators: int) -> list[str]:
+    """What would place the run: each of them by itself."""
+    counts = device_counts(cfg)
+    references = counts["ref_model"]
+    remedies = []
+    if references and sum(counts.values()) - references <= num_accelerators:
+        lora = "" if cfg.train_model.lora.enabled else "train_model.lora.enabled=true with "
+        remedies.append(f"{lora}ref_model.num_devices=0 needs none for the reference")
+    if _asks_for_several(cfg):
+        share = "" if cfg.placement is Placement.auto else " and placement=auto"
+        remedies.append(f"every num_devices and inference_model.num_replicas at 1{share} fits on any number")
+    else:
+        remedies.append("placement=auto lets models share them")
+    return [*remedies, "device=cpu needs none (slow)"]
+
+
+def _without_accelerators(cfg: Config) -> DeviceAllocation:
+    replicas: list[list[int]] = [[] for _ in range(cfg.inference_model.num_replicas)]
+    return _as_allocation("cpu", [], replicas, [], {"train": 0.0, "inference": 0.0, "reference": 0.0})
+
+
+def _dedicated(cfg: Config) -> DeviceAllocation:
+    counts = device_counts(cfg)
+    devices = iter(range(sum(counts.values())))
+    per_engine = cfg.inference_model.num_devices
+    replicas = [[next(devices) for _ in range(per_engine)] for _ in range(cfg.inference_model.num_replicas)]
+    ref, train = ([next(devices) for _ in range(counts[model])] for model in ("ref_model", "train_model"))
+    shares: GpuShares = {"train": 1.0, "inference": float(per_engine), "reference": 1.0 if ref else 0.0}
+    return _as_allocation("dedicated", train, replicas, ref, shares)
+
+
+def _reference_beside_trainer() -> DeviceAllocation:
+    shares: GpuShares = {"train": 0.5, "inference": 1.0, "reference": 0.5}
+    return _as_allocation("dedicated", [1], [[0]], [1], shares)
+
+
+def _colocated(cfg: Config) -> DeviceAllocation:
+    references = num_references(cfg)
+    share = RAY_RESOLUTION // (2 + references) / RAY_RESOLUTION
+    shares: GpuShares = {"train": share, "inference": share, "reference": share if references else 0.0}
+    # vLLM can sleep. Where the engine generates the next batch while the trainer works, it must not.
+    takes_turns = cfg.train.sync and cfg.train.sync_iter is True
+    sleeps = takes_turns and cfg.inference_model.backend is InferenceBackend.vllm
+    return _as_allocation("colocated", [0], [[0]], [0] * references, shares, sleeps=sleeps)
+
+
+def _as_allocation(
+    placement: str,
+    train: list[int],
+    replicas: list[list[int]],
+    ref: list[int],
+    shares: GpuShares,
+    *,
+    sleeps: bool = False,
+) -> DeviceAllocation:
+    inference = [device for replica in replicas for device in replica]
+    used = sorted({*train, *inference, *ref})
     return {
         "train_model_devices": train,
         "inference_model_devices": inference,
         "ref_model_devices": ref,
         "ray_num_gpus": len(used),
         "cuda_visible_devices": ",".join(map(str, used)),
+        "inference_replicas": replicas,
+        "placement": placement,
+        "gpu_shares": shares,
+        "sleeps": sleeps,
     }
-
-
-def _count_installed() -> int:
-    """Accelerators according to NVIDIA's driver library, 0 where it is missing or refuses to start."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_uint(0)
-    if nvml.nvmlInit_v2() != 0 or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return 0
-    nvml.nvmlShutdown()
-    return count.value

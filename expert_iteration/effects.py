@@ -7,18 +7,20 @@ is noted here, as it may be meant for another command line.
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+from expert_iteration.accelerators import count_accelerators
 from expert_iteration.config import (
     Config,
     Device,
+    InferenceBackend,
     KLScheduleType,
     LoggingBackend,
     LoggingMode,
     LossFunction,
     OptimizerName,
     Selection,
+    num_references,
 )
 from expert_iteration.config import SchedulerType as Shape
-from expert_iteration.devices import count_accelerators
 from expert_iteration.hub import BUILT_IN
 
 
@@ -75,6 +77,13 @@ PRIORITY_KEYS = tuple(f"train.prioritized_sampling_{name}" for name in ("alpha",
 SCHEDULER_KEYS = tuple(f"optimizer.scheduler.{name}" for name in ("type", "warmup_steps", "num_cycles"))
 WANDB_KEYS = tuple(f"logging.{name}" for name in ("project", "entity", "group", "tags", "experiment_name"))
 TINY_KEYS = ("tiny.model_seed", "tiny.cache_dir")
+LORA_KEYS = tuple(f"train_model.lora.{name}" for name in ("r", "alpha", "dropout"))
+VLLM_KEYS = tuple(
+    f"inference_model.{name}" for name in ("gpu_memory_utilization", "enforce_eager", "enable_prefix_caching")
+)
+REFERENCE_KEYS = tuple(
+    f"ref_model.{name}" for name in ("torch_dtype", "attn_implementation", "quantization.enabled", "num_threads")
+)
 
 # Without logging.mode, which is refused beside logging.backend=none unless it is null.
 TABLE: tuple[Idle, ...] = (
@@ -167,6 +176,44 @@ TABLE: tuple[Idle, ...] = (
         "optimizer.betas",
         lambda cfg: cfg.optimizer.name is OptimizerName.SGD,
         "optimizer.name=SGD has no betas; Adam and AdamW have.",
+    ),
+    Idle(
+        "placement",
+        _on_cpu,
+        "on a CPU every model is a process of its own, and all share its cores and memory.",
+    ),
+    *_rows_of(
+        LORA_KEYS,
+        lambda cfg: not cfg.train_model.lora.enabled,
+        "train_model.lora.enabled=false trains the model's own weights.",
+    ),
+    Idle(
+        "train_model.parallel",
+        lambda cfg: cfg.train_model.num_devices == 1,
+        "train_model.num_devices=1 holds the whole model.",
+    ),
+    Idle(
+        "inference_model.attn_implementation",
+        lambda cfg: cfg.inference_model.backend is InferenceBackend.vllm,
+        "inference_model.backend=vllm chooses its own attention kernel.",
+    ),
+    *_rows_of(
+        VLLM_KEYS,
+        lambda cfg: cfg.inference_model.backend is InferenceBackend.transformers,
+        "it is for vLLM, and inference_model.backend=transformers.",
+    ),
+    Idle(
+        "inference_model.kv_cache_gib",
+        lambda cfg: (
+            cfg.inference_model.kv_cache_gib is not None
+            and cfg.inference_model.backend is InferenceBackend.transformers
+        ),
+        "inference_model.backend=transformers has a cache as large as its batch needs.",
+    ),
+    *_rows_of(
+        REFERENCE_KEYS,
+        lambda cfg: num_references(cfg) == 0,
+        "the reference is the policy with its adapters off (ref_model.num_devices=1 gives it a place of its own).",
     ),
     Idle(
         "inference_model.kv_cache_gib",

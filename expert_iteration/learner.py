@@ -1,7 +1,8 @@
 """Micro-batches to optimizer steps: precision, accumulation, clipping, schedule, and what happens to a bad step.
 
 The learner knows nothing of sync or async, of buffers or engines: `step(batch)` is one gradient step, and every
-`gradient_accumulation_steps` of them make an optimizer step.
+`gradient_accumulation_steps` of them make an optimizer step. It also knows nothing of processes: with several training
+ranks each has a learner, `data_parallel.py` says what they exchange, and `parallel_learner.py` is rank 0's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -20,9 +22,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl._utils import timeit
 
 from expert_iteration import schedule, timeline
+from expert_iteration.data_parallel import Alone, is_bulky, whole, whole_on_cpu
 from expert_iteration.errors import UserError
 from expert_iteration.loss import SFTLoss
+from expert_iteration.models import hugging_face_model
 from expert_iteration.row_keys import RESPONSE_MASK_KEY, TOKENS_KEY
+from expert_iteration.sizes import ceil_div
+from expert_iteration.turns import Turns
+
+if TYPE_CHECKING:
+    from expert_iteration.adapter_reference import AdapterReference
 
 
 class StepResult(dict[str, float]):
@@ -43,11 +52,25 @@ class StepResult(dict[str, float]):
         self.stepped, self.step, self.since = stepped, step, since
 
 
+class Share(NamedTuple):
+    """One rank's part of a gradient step."""
+
+    rows: TensorDictBase
+    """At least one, for every rank takes part in every step."""
+    num_responses: int
+    """How many of them count: all, or 0 on a rank for which none were left."""
+    step_responses: int
+    """Responses of the step on all ranks."""
+    step_tokens: int
+    """Their prompt and response tokens."""
+
+
 class Learner:
     """Owns the optimizer's side of training; the model, the loss and the schedule are given.
 
-    A *window* is the gradient steps that share an optimizer step. Gradients are summed over its responses and divided
-    by their number at its end, so that any division of a large batch into micro-batches gives the large batch's step.
+    A *window* is the gradient steps that share an optimizer step. Gradients are summed over its responses, on all
+    ranks, and divided by their number at its end, so that any division of a large batch into micro-batches and among
+    ranks gives the large batch's step.
 
     A *bad* step is a window with a non-finite loss, or a non-finite gradient: its gradients are thrown away, weights,
     optimizer and schedule stay as they are, `bad_steps` counts it. Under float16 a gradient that overflows while the
@@ -67,13 +90,16 @@ class Learner:
         eval_mode: leave the model in eval mode (no dropout, and Hugging Face then does no gradient checkpointing).
         kl_schedule: sets `loss_fn.kl_to_ref_coeff` for each window, by the scheduler's progress when it opens; None:
             it stays as it is, and out of the metrics.
+        parallel: what the ranks exchange; by default this learner is alone.
+        reference: gives each batch the reference log-probs that it lacks; None: batches bring what they need.
 
     Raises:
         UserError: a trainable parameter is not float32 (or float64).
 
     Attributes:
+        turns: of engine and trainer, on an accelerator that they share.
         gradient_steps, optimizer_steps, bad_steps: counted over the run.
-        responses_trained: rows that went through the model, each as often as it did.
+        responses_trained: rows that went through the model, each as often as it did, on all ranks.
         tokens_trained: prompt and response tokens that went through the model, without padding.
         seconds: spent in `step` and `flush`.
         first_optimizer_step_time: when it ended, in seconds since the epoch; None before.
@@ -93,6 +119,8 @@ class Learner:
         max_bad_steps: int,
         eval_mode: bool = False,
         kl_schedule: schedule.KLSchedule | None = None,
+        parallel: Alone | None = None,
+        reference: AdapterReference | None = None,
     ):
         self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -100,6 +128,9 @@ class Learner:
         self.max_bad_steps = max_bad_steps
         self.eval_mode = eval_mode
         self.kl_schedule = kl_schedule
+        self.reference = reference
+        self.turns = Turns()
+        self._parallel = Alone() if parallel is None else parallel
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         _check_master_weights(model)
         self.device = self._parameters[0].device
@@ -120,13 +151,16 @@ class Learner:
             RuntimeError: the `max_bad_steps`-th bad step in a row; says what was not finite.
         """
         with self._timed():
-            return self._step(batch)
+            self._prepare(batch)
+            (share,) = share_out(batch, 1)
+            return self.train_on(share)
 
-    def _step(self, batch: TensorDictBase) -> StepResult:
+    def train_on(self, share: Share) -> StepResult:
+        """This rank's part of a gradient step; collective. The metrics are those of the whole step, on every rank."""
         self.model.train(not self.eval_mode)
         if not self._window_steps:
             self._set_kl_to_ref_coeff()
-        values = self._backward(batch)
+        values = self._backward(share)
         window_is_full = self._window_steps == self.gradient_accumulation_steps
         if window_is_full:
             values["grad_norm"] = self._mean_gradient_norm()
@@ -162,6 +196,8 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Counters and the states of optimizer, scheduler and scaler, named as in a checkpoint; no weights.
 
+        With a sharded model the optimizer's tensors are this rank's shards: a checkpoint is made by `checkpoint`.
+
         Raises:
             RuntimeError: in the middle of a window, whose gradients are in no checkpoint.
         """
@@ -191,35 +227,90 @@ class Learner:
         self.scaler.load_state_dict(state["scaler_state_dict"])
         self._clear_window()
 
+    def checkpoint(self, *, keep: bool = True) -> dict[str, Any]:
+        """`state_dict` and the weights ("model_state_dict"), whole and on the CPU; collective.
+
+        Whatever the ranks hold, it is what one rank with the whole model would save.
+
+        Args:
+            keep: False takes part only; the result is without tensors.
+
+        Raises:
+            RuntimeError: as `state_dict`.
+        """
+        return whole_on_cpu({**self.state_dict(), "model_state_dict": trained_weights(self.model)}, keep=keep)
+
+    def load_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Continue from `checkpoint`; collective.
+
+        Args:
+            state: as saved; on other ranks than 0 its `outline` is enough.
+
+        Raises:
+            RuntimeError: the weights are not those of this model, by name or shape.
+        """
+        self._load_weights(state["model_state_dict"])
+        optimizer = state["optimizer_state_dict"]
+        moments = {index: self._receive_moments(index, values) for index, values in optimizer["state"].items()}
+        self.load_state_dict({**state, "optimizer_state_dict": {**optimizer, "state": moments}})
+
+    @torch.no_grad()
+    def _load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        own = trained_weights(self.model)
+        shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, weights)]
+        if shapes[0] != shapes[1]:
+            different = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+            raise RuntimeError(
+                f"The checkpoint is of another model: {len(different)} tensors are missing, unknown or of another "
+                f"shape, such as {', '.join(different[:3])}."
+            )
+        for name, tensor in own.items():
+            tensor.copy_(self._parallel.receive(weights[name], like=tensor))
+
+    def _receive_moments(self, index: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the optimizer keeps of its parameter `index`: moments of its shape, and numbers such as its steps."""
+        parameter = self._parameters[index]
+        return {
+            name: self._parallel.receive(value, like=parameter) if is_bulky(value) else value
+            for name, value in values.items()
+        }
+
+    def _prepare(self, batch: TensorDictBase) -> None:
+        """What comes before a gradient step, once for all ranks."""
+        self.turns.to_trainer()
+        if self.reference is not None:
+            self.reference.attach(batch)
+
     def _set_kl_to_ref_coeff(self) -> None:
         """Once a window, for its micro-batches make one step: a plan that comes in between counts from the next on."""
         if self.kl_schedule is not None:
             self.loss_fn.kl_to_ref_coeff = self.kl_schedule(schedule.progress(self.scheduler))
 
-    def _backward(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
-        """Add the gradients of the batch's summed loss; returns its metrics as tensors, still on the device."""
-        num_responses = batch.shape[0]
+    def _backward(self, share: Share) -> dict[str, torch.Tensor]:
+        """Add the gradients of the share's summed loss; returns the step's metrics as tensors, still on the device."""
         with self._autocast:
-            output = self.loss_fn(batch)
+            output = self.loss_fn(share.rows)
         terms = {"loss_sft": output.loss_sft, "loss_kl_to_ref": output.loss_kl_to_ref}
         terms = {name: term for name, term in terms.items() if term is not None}
         loss = torch.stack(list(terms.values())).sum()
-        self.scaler.scale(loss * num_responses).backward()
+        self.scaler.scale(loss * share.num_responses).backward()
         self.gradient_steps += 1
         self._window_steps += 1
-        self._window_responses += num_responses
-        self.responses_trained += num_responses
-        self.tokens_trained += sum(len(ids) for ids in batch.get(TOKENS_KEY, as_list=True))
+        self._window_responses += share.step_responses
+        self.responses_trained += share.step_responses
+        self.tokens_trained += share.step_tokens
         if output.kl_to_ref is not None:
             terms["kl_to_ref"] = output.kl_to_ref
-        return {"loss": loss, **terms, **_batch_metrics(batch)}
+        metrics = {"loss": loss, **terms, **_batch_metrics(share.rows, self.device)}
+        return self._parallel.mean(metrics, share.num_responses / share.step_responses)
 
     def _mean_gradient_norm(self) -> torch.Tensor:
         """Turn the summed gradients into the mean over the window's responses and clip it; returns the norm before."""
+        self._parallel.reduce_gradients(self._parameters)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         torch._foreach_div_(gradients, float(self._window_responses))
-        norm = nn.utils.get_total_norm(gradients)
+        norm = whole(nn.utils.get_total_norm(gradients))
         if self.clip_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad_norm, norm)
         return norm
@@ -253,7 +344,7 @@ class Learner:
 
     def _describe_gradient(self, norm: float) -> str:
         named = self.model.named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [name for name, p in named if p.grad is not None and not whole(p.grad).isfinite().all()]
         return f"the gradient norm is {norm} at gradient step {self.gradient_steps} ({', '.join(bad[:3])})"
 
     def _count_bad_step(self, fault: str) -> None:
@@ -284,10 +375,37 @@ class Learner:
         return StepResult(metrics, stepped=stepped, step=self.gradient_steps, since=since)
 
 
-def _batch_metrics(batch: TensorDictBase) -> dict[str, torch.Tensor]:
+def share_out(batch: TensorDictBase, num_ranks: int) -> list[Share]:
+    """Cut a batch of B rows into runs whose lengths differ by one at most.
+
+    A rank for which none is left gets a row that does not count: it must take part all the same.
+    """
+    num_rows = batch.shape[0]
+    num_tokens = sum(len(ids) for ids in batch.get(TOKENS_KEY, as_list=True))
+    bounds = [ceil_div(rank * num_rows, num_ranks) for rank in range(num_ranks + 1)]
+    shares = []
+    for start, end in pairwise(bounds):
+        rows = batch[start:end] if end > start else batch[:1]
+        shares.append(Share(rows, end - start, num_rows, num_tokens))
+    return shares
+
+
+def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model, by name: all of its state, or with adapters (PEFT) theirs alone.
+
+    The tensors are the model's own, and tied ones the same object.
+    """
+    if hugging_face_model(model) in (None, model):
+        return model.state_dict(keep_vars=True)
+    from expert_iteration.lora import adapter_state_dict  # a model within another: PEFT's wrapper
+
+    return adapter_state_dict(model)
+
+
+def _batch_metrics(batch: TensorDictBase, device: torch.device) -> dict[str, torch.Tensor]:
     rewards = torch.stack([reward.float().mean() for reward in batch.get(("next", "reward"), as_list=True)])
     lengths = torch.stack([mask.sum() for mask in batch.get(RESPONSE_MASK_KEY, as_list=True)])
-    return {"reward": rewards.mean(), "response_length": lengths.float().mean()}
+    return {"reward": rewards.mean().to(device), "response_length": lengths.float().mean().to(device)}
 
 
 def _check_master_weights(model: nn.Module) -> None:

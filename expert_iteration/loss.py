@@ -18,7 +18,7 @@ from torchrl.objectives.llm.sft import SFTLoss as TorchRLSFTLoss
 from torchrl.objectives.llm.sft import SFTLossOutput, minor_sft_loss, sft_loss
 
 from expert_iteration.errors import UserError
-from expert_iteration.log_probs import pad_rows, token_log_probs
+from expert_iteration.log_probs import as_log_prob_model, pad_rows, token_log_probs
 from expert_iteration.row_keys import IMPORTANCE_WEIGHT_KEY, RESPONSE_MASK_KEY, TOKENS_KEY
 
 LOSS_FUNCTIONS = ("sft", "minor_sft")
@@ -91,7 +91,7 @@ class SFTLoss(TorchRLSFTLoss):
     tokenized with `tokenizer_kwargs`, which have no other use.
 
     Args:
-        actor_network: a Hugging Face causal language model, or a TorchRL wrapper around one.
+        actor_network: what `token_log_probs` takes, or a TorchRL wrapper around a Hugging Face model.
         tokenizer: gives the pad id and tokenizes histories; default: the wrapper's.
         tokenizer_kwargs: for `History.apply_chat_template`, for instance {"chat_template_name": "qwen"}.
         reduction: over responses: mean, sum or none (losses of shape [B]).
@@ -151,6 +151,7 @@ class SFTLoss(TorchRLSFTLoss):
             beta=beta,
             device=device,
         )
+        as_log_prob_model(self.model)  # which examines the model: now, and not in the middle of the first step
 
     def _set_in_keys(self) -> None:
         self.in_keys = [self.tensor_keys.tokens, self.tensor_keys.response_mask]
@@ -160,14 +161,14 @@ class SFTLoss(TorchRLSFTLoss):
 
     @property
     def model(self) -> nn.Module:
-        """The Hugging Face model that is trained."""
+        """The model that is trained, without TorchRL's wrapper."""
         actor = self.actor_network
         return actor.model if isinstance(actor, LLMWrapperBase) else actor
 
     def forward(self, tensordict: TensorDictBase) -> SFTLossOutput:
         """Loss of a batch of B rows; see the class for its keys and terms."""
         batch = self._pad(tensordict)
-        log_probs = token_log_probs(self.model, batch.input_ids, batch.attention_mask)
+        log_probs = token_log_probs(self.model, batch.input_ids, batch.attention_mask, batch.response_mask)
         weights = self._importance_weights(tensordict, log_probs.device)
         kl = loss_kl = None
         if batch.ref_log_probs is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from expert_iteration.config import FULL_FINE_TUNING_LR, OptimizerConfig
+from expert_iteration.config import OptimizerConfig
 from expert_iteration.errors import UserError
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -18,7 +18,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-def make_optimizer(model: nn.Module, cfg: OptimizerConfig) -> Optimizer:
+def make_optimizer(model: nn.Module, cfg: OptimizerConfig, lr: float) -> Optimizer:
     """The optimizer of the configuration over the trainable parameters of `model`.
 
     Weight decay acts on matrices only: decaying norms and biases (fewer than two dimensions) pulls them away from what
@@ -26,7 +26,8 @@ def make_optimizer(model: nn.Module, cfg: OptimizerConfig) -> Optimizer:
 
     Args:
         model: parameters with `requires_grad` are trained.
-        cfg: name (AdamW, Adam or SGD), lr (None: 1e-5), weight_decay, betas (no effect on SGD).
+        cfg: name (AdamW, Adam or SGD), weight_decay, betas (no effect on SGD).
+        lr: peak learning rate, `config.learning_rate(cfg)`: what `cfg.lr=None` means depends on what is trained.
 
     Raises:
         UserError: an unknown name, or a model without trainable parameters.
@@ -40,7 +41,7 @@ def make_optimizer(model: nn.Module, cfg: OptimizerConfig) -> Optimizer:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    options: dict[str, Any] = {"lr": FULL_FINE_TUNING_LR if cfg.lr is None else cfg.lr}
+    options: dict[str, Any] = {"lr": lr}
     if cfg.name != "SGD":
         options["betas"] = tuple(cfg.betas)
     return OPTIMIZERS[cfg.name]([group for group in groups if group["params"]], **options)

@@ -8,7 +8,8 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from expert_iteration.engine import Completion, EngineClient, Sampling
+from expert_iteration.engine import Completion, Sampling
+from expert_iteration.engine_client import EnginePool
 from expert_iteration.seeds import derive_seed
 
 
@@ -44,7 +45,7 @@ class EnginePolicy(TensorDictModuleBase):
     )
 
     def __init__(
-        self, engine: EngineClient, tokenizer: Any, sampling: Sampling, *, seed: int, keep_stop_token: bool = True
+        self, engine: EnginePool, tokenizer: Any, sampling: Sampling, *, seed: int, keep_stop_token: bool = True
     ) -> None:
         super().__init__()
         self._engine = engine

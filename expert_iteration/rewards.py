@@ -12,7 +12,6 @@ IFEval's are in `ifeval.py`.
 import functools
 import hashlib
 import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -106,7 +105,7 @@ def load_reward_fn(spec: str) -> RewardFn:
     """The user's batched reward function, its result checked for length and type at each call.
 
     What it gives crosses processes as `spec` and is loaded again there, because Ray pickles modules by reference and
-    a file is no importable module. A relative path is looked up from the current directory of each process.
+    a file is no importable module. The text of a file travels along: other hosts of a cluster have no such file.
 
     Args:
         spec: `package.module:function` or `path/to/file.py:function`.
@@ -114,16 +113,18 @@ def load_reward_fn(spec: str) -> RewardFn:
     Raises:
         UserError: no such module, file or function, or not callable. What the module itself raises is not caught.
     """
-    return _UserReward(spec)
+    place = spec.rpartition(":")[0]
+    return _UserReward(spec, _read_source(spec, Path(place)) if place.endswith(".py") else None)
 
 
 class _UserReward:
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, source: str | None) -> None:
         self._spec = spec
-        self._function = _find_function(spec)
+        self._source = source
+        self._function = _find_function(spec, source)
 
-    def __reduce__(self) -> tuple[type["_UserReward"], tuple[str]]:
-        return _UserReward, (self._spec,)
+    def __reduce__(self) -> tuple[type["_UserReward"], tuple[str, str | None]]:
+        return _UserReward, (self._spec, self._source)
 
     def __call__(self, problems: Sequence["Problem"], responses: Sequence[str]) -> list[float]:
         rewards = self._function(problems, responses)
@@ -138,13 +139,20 @@ class _UserReward:
         return values
 
 
-def _find_function(spec: str) -> Callable[..., Any]:
+def _read_source(spec: str, path: Path) -> str:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"reward.fn={spec}: there is no file {path}: correct the path, or make it absolute.")
+    return path.read_text(encoding="utf-8")
+
+
+def _find_function(spec: str, source: str | None) -> Callable[..., Any]:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise UserError(
             f"reward.fn={spec} names no function: write package.module:function or path/to/file.py:function."
         )
-    module = _module_from_file(spec, Path(place)) if place.endswith(".py") else _module_by_name(spec, place)
+    module = _module_by_name(spec, place) if source is None else _module_from_source(Path(place), source)
     if name not in vars(module):
         raise UserError(f"reward.fn={spec}: {place} defines no {name!r}: correct the name after the colon.")
     function = vars(module)[name]
@@ -166,17 +174,12 @@ def _module_by_name(spec: str, name: str) -> ModuleType:
         ) from error
 
 
-def _module_from_file(spec: str, path: Path) -> ModuleType:
+def _module_from_source(path: Path, source: str) -> ModuleType:
     path = path.expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"reward.fn={spec}: there is no file {path}: correct the path, or make it absolute.")
     name = f"reward_fn_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    # A .py file always has a loader.
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     # Dataclasses and pickle look a class's module up here.
     sys.modules[name] = module
-    module_spec.loader.exec_module(module)
+    exec(compile(source, str(path), "exec"), module.__dict__)
     return module

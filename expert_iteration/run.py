@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from expert_iteration import timeline
-from expert_iteration.cluster import default_threads, given, process_options, ray_running
-from expert_iteration.config import FULL_FINE_TUNING_LR, Config
+from expert_iteration.accelerators import memory_sizes
+from expert_iteration.cluster import given, ray_running
+from expert_iteration.config import Config, learning_rate
+from expert_iteration.devices import DeviceAllocation
 from expert_iteration.errors import UserError
+from expert_iteration.memory import check_memory, describe_allocation
+from expert_iteration.model_shape import read_model_shape
 from expert_iteration.models import chat_prompt_ids, context_length, load_tokenizer, model_path
+from expert_iteration.places import Places
 from expert_iteration.run_directory import METRICS_FILE, SUMMARY_FILE, log_file, timeline_file
 from expert_iteration.screen import RemoteScreen, Screen, redirect_output
 from expert_iteration.sizes import derive_sizes, describe_sizes
 from expert_iteration.sweep import is_sweep
 from expert_iteration.tasks import Task, load_task, without_long_prompts
-from expert_iteration.weights_directory import remove_directories
 
 Train = Callable[..., None]
 STOP_SECONDS = 60  # for the training process to write its summary after Ctrl-C
@@ -52,7 +56,6 @@ def run(cfg: Config, train: Train, run_dir: Path) -> None:
         raise
     finally:
         screen.close()
-        remove_directories(run_dir)
         _conclude(run_dir)
 
 
@@ -60,15 +63,14 @@ def _run_on_ray(cfg: Config, train: Train, task: Task, run_dir: Path, screen: Sc
     import ray
     from ray.util.queue import Queue
 
-    with ray_running(cfg) as allocation:
+    with ray_running(cfg) as places:
+        for line in _describe_models(cfg, places.allocation):
+            screen.say(line)
         queue = Queue(actor_options={"num_cpus": 0})
-        options = process_options(
-            cfg.train_model.num_threads or default_threads(cfg), allocation["train_model_devices"]
-        )
         # One call, after which the process exits by itself; Ray would kill it, before what it registered for its exit.
         remote = ray.remote(max_retries=0, max_calls=1)(train_process)
-        process = remote.options(**options | given(cfg.ray.train_handler_config))
-        _follow(process.remote(cfg, train, task, run_dir, allocation, RemoteScreen(queue), started), queue, screen)
+        process = remote.options(**places.trainer(0) | given(cfg.ray.train_handler_config))
+        _follow(process.remote(cfg, train, task, run_dir, places, RemoteScreen(queue), started), queue, screen)
 
 
 def _start_time() -> float:
@@ -91,8 +93,9 @@ def _prepare_task(cfg: Config) -> tuple[Task, list[str]]:
     """The task, without prompts that leave no room for a response, and lines that describe it."""
     task = load_task(cfg)
     name = model_path(cfg)
-    tokenizer = load_tokenizer(name)
-    limit = context_length(name, cfg.inference_model.max_model_len) - cfg.inference_model.max_tokens
+    trust = cfg.model.trust_remote_code
+    tokenizer = load_tokenizer(name, trust)
+    limit = context_length(name, cfg.inference_model.max_model_len, trust) - cfg.inference_model.max_tokens
     task, dropped = without_long_prompts(
         task, lambda problem: len(chat_prompt_ids(tokenizer, task.system_prompt, problem.question)), limit
     )
@@ -102,10 +105,18 @@ def _prepare_task(cfg: Config) -> tuple[Task, list[str]]:
     return task, notes
 
 
+def _describe_models(cfg: Config, allocation: DeviceAllocation) -> list[str]:
+    """Which model sits where with how much memory; raises UserError where it cannot fit, before anything loads."""
+    shape, sizes = read_model_shape(model_path(cfg), cfg.model.trust_remote_code), memory_sizes(cfg)
+    notes = check_memory(cfg, allocation, shape, sizes)
+    return [*describe_allocation(cfg, allocation, shape, sizes), *notes]
+
+
 def _describe_optimizer(cfg: Config) -> str:
-    rate = FULL_FINE_TUNING_LR if cfg.optimizer.lr is None else cfg.optimizer.lr
-    chosen = " (optimizer.lr=null: full fine-tuning)" if cfg.optimizer.lr is None else ""
-    return f"{cfg.optimizer.name} at a learning rate of {rate:g}{chosen}"
+    lora = cfg.train_model.lora
+    trained = f"adapters of rank {lora.r}" if lora.enabled else "full fine-tuning"
+    chosen = " (optimizer.lr=null)" if cfg.optimizer.lr is None else ""
+    return f"{cfg.optimizer.name} at a learning rate of {learning_rate(cfg):g}{chosen}, {trained}"
 
 
 def _follow(task: Any, queue: Any, screen: Screen) -> None:
@@ -134,14 +145,14 @@ def _show_until_done(task: Any, queue: Any, screen: Screen, timeout: float | Non
 
 
 def train_process(
-    cfg: Config, train: Train, task: Task, run_dir: Path, allocation: Any, screen: RemoteScreen, started: float
+    cfg: Config, train: Train, task: Task, run_dir: Path, places: Places, screen: RemoteScreen, started: float
 ) -> None:
     """What the Ray task with the training devices does: build the parts, train, leave results behind."""
     redirect_output(log_file(run_dir, timeline.TRAINER))
     timeline.record_to(timeline_file(run_dir, timeline.TRAINER))
     from expert_iteration.session import Session
 
-    with Session(cfg, task, run_dir, allocation, screen, started) as session:
+    with Session(cfg, task, run_dir, places, screen, started) as session:
         session.start()
         train(cfg, **session.collaborators())
         session.finish()

@@ -11,8 +11,19 @@ CONFIG_FILE = ".hydra/config.yaml"
 TIMELINE_FOLDER = "timeline"  # of <process>.jsonl
 
 
+def process_name(kind: str, index: int, count: int) -> str:
+    """What one of `count` like processes is called in messages and file names: its kind alone where it is the only one.
+
+    Args:
+        kind: "engine", "reference" or "trainer".
+        index: of the process, from 0.
+        count: of its kind in the run.
+    """
+    return kind if count == 1 else f"{kind}-{index}"
+
+
 def log_file(run_dir: Path, process: str) -> str:
-    """Where the output of a process of the run goes: "engine", "collector", "reference" or "trainer"."""
+    """Where the output of a process of the run goes: "engine", "collector", "reference", "trainer", "trainer-1"."""
     return str(run_dir / "logs" / f"{process}.log")
 
 

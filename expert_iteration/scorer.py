@@ -11,24 +11,26 @@ import torch
 from torch import nn
 
 from expert_iteration.log_probs import pad_rows, token_log_probs
+from expert_iteration.models import evaluating
 
 
 class ReferenceScorer:
-    """Scores token ids with a frozen model; a plain class that an actor may own.
+    """Scores token ids in evaluation mode; a plain class that an actor may own.
 
     Args:
-        model: a Hugging Face causal language model, on the device where it is to run; it is put in eval mode.
+        model: what `token_log_probs` takes, on the device where it is to run.
         pad_token_id: any valid id; padding is masked.
         micro_batch_size: rows that go through the model at once; what bounds the memory.
     """
 
     def __init__(self, model: nn.Module, pad_token_id: int, micro_batch_size: int):
-        self.model = model.eval()
+        self.model = model
         self.pad_token_id = pad_token_id
         self.micro_batch_size = micro_batch_size
         self.device = next(model.parameters()).device
 
-    @torch.inference_mode()
+    # Not inference_mode, in which FSDP would gather weights that cannot be trained afterwards.
+    @torch.no_grad()
     def score(
         self, rows: Sequence[torch.Tensor] | torch.Tensor, mask: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
@@ -46,10 +48,11 @@ class ReferenceScorer:
         # Rows of like length share a micro-batch, so that little of it is padding.
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         scored: dict[int, torch.Tensor] = {}
-        for start in range(0, len(order), self.micro_batch_size):
-            indices = order[start : start + self.micro_batch_size]
-            log_probs = self._score_micro_batch([rows[index] for index in indices])
-            scored.update(zip(indices, log_probs, strict=True))
+        with evaluating(self.model):
+            for start in range(0, len(order), self.micro_batch_size):
+                indices = order[start : start + self.micro_batch_size]
+                log_probs = self._score_micro_batch([rows[index] for index in indices])
+                scored.update(zip(indices, log_probs, strict=True))
         return [scored[index] for index in range(len(rows))]
 
     __call__ = score

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from ray.util.queue import Queue
@@ -16,14 +17,18 @@ import ei_utils
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config
+from expert_iteration.places import Places
 from expert_iteration.remote import Waiting
 from expert_iteration.run_directory import SUMMARY_FILE, write_whole
 from expert_iteration.screen import Progress, RemoteScreen
 from expert_iteration.seeds import derive_seed
 from expert_iteration.summary import Summary
 from expert_iteration.tasks import Task
+from expert_iteration.turns import Turns
 from expert_iteration.wandb_logger import make_loggers
-from expert_iteration.weights_directory import choose_directory, remove_directories
+
+if TYPE_CHECKING:
+    from expert_iteration.learner import Learner
 
 LOG_QUEUE_SIZE = 1000
 
@@ -37,22 +42,25 @@ class Session:
         cfg: the configuration.
         task: prompts, rewards and what is held out.
         run_dir: of the run.
-        allocation: which model has which devices.
+        places: where the processes of the run live.
         screen: to the terminal.
         started: when the user's process started, in seconds since the epoch.
     """
 
     def __init__(
-        self, cfg: Config, task: Task, run_dir: Path, allocation: Any, screen: RemoteScreen, started: float
+        self, cfg: Config, task: Task, run_dir: Path, places: Places, screen: RemoteScreen, started: float
     ) -> None:
         set_seed(derive_seed(cfg.seed, "training"))
         self._cfg, self._run_dir, self._screen, self._started = cfg, run_dir, screen, started
         # First what only starts a process: the actors load their models while this process loads TorchRL and its own.
-        self._engine = ei_utils.get_inference_model(cfg, allocation, run_dir)
-        reference = ei_utils.get_ref_model(cfg, allocation, run_dir)
+        self._engine = ei_utils.get_inference_model(cfg, places, run_dir)
+        reference = ei_utils.get_ref_model(cfg, places, run_dir)
+        self._ranks = ei_utils.start_ranks(cfg, places, run_dir)
         log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
         collector = ei_utils.start_collector(cfg, task, self._engine, reference, log_queue, run_dir)
-        self._actors = [self._engine.actor, reference.actor, collector]
+        references = [] if reference is None else list(reference.actors.values())
+        self._actors = [*self._engine.actors, *references, collector]
+        turns = self._engine.turns = Turns(self._engine if places.allocation["sleeps"] else None)
         self._seconds = {"timeit/start/actors_started": self._elapsed()}
 
         from expert_iteration.metrics import Metrics
@@ -62,10 +70,11 @@ class Session:
         buffer = self._buffer_owner.client()
         waiting = Waiting(cfg.train.collection_timeout, screen.say, self._engine.describe)
         self._engine.waiting = waiting  # for evaluations; the collector has a client of its own, which is waited for
-        self.collector = ei_utils.get_collector_client(cfg, collector, buffer, waiting)
-        self._tokenizer = ei_utils.get_tokenizer(cfg)
-        self.policy_training = ei_utils.get_train_model(cfg, allocation)
-        self.learner = ei_utils.make_learner(cfg, self.policy_training, self._tokenizer)
+        self.collector = ei_utils.get_collector_client(cfg, collector, buffer, waiting, turns)
+        self.learner = self._make_learner(ei_utils.load_policy(cfg, places.allocation), places)
+        self.learner.turns = turns
+        self.policy_training = self.learner.model
+        self._reader = ei_utils.make_policy_reader(cfg, self.learner, self._ranks)
         self._summary = Summary(cfg)
         loggers = make_loggers(cfg, run_dir, "sync" if cfg.train.sync else "async")
         self.metrics = Metrics(
@@ -75,9 +84,9 @@ class Session:
             logging_frequency=cfg.train.logging_frequency,
             clock=self._elapsed,
         )
-        num_bytes = sum(tensor.nbytes for tensor in self.policy_training.state_dict().values())
-        weights_directory = choose_directory(run_dir, num_bytes)
-        self.weight_updater = ei_utils.make_weight_updater(cfg, self._engine, task, self._tokenizer, weights_directory)
+        self.weight_updater = ei_utils.make_weight_updater(
+            cfg, places.allocation, self._engine, self._reader, task, self._tokenizer
+        )
         self.replay_buffer = BufferReader(
             buffer,
             max_policy_age=cfg.train.max_policy_age,
@@ -86,6 +95,14 @@ class Session:
         self.evaluator = ei_utils.make_evaluator(cfg, self._engine, task, self._tokenizer, self.metrics)
         self.checkpointer = Checkpointer(run_dir / cfg.logging.checkpoint_dir, self.learner, cfg)
         self._seconds["timeit/start/trainer_ready"] = self._elapsed()
+
+    def _make_learner(self, loaded: tuple[Any, Any], places: Places) -> Learner:
+        _, self._tokenizer = loaded
+        build = partial(ei_utils.make_learner, self._cfg, places.allocation)
+        if self._ranks is None:
+            return build(loaded)
+        self._ranks.join(self._screen.say)
+        return self._ranks.build(build, loaded)
 
     def collaborators(self) -> dict[str, Any]:
         """What `train` takes, by name."""
@@ -118,7 +135,7 @@ class Session:
         self.metrics.log(last, self.learner.gradient_steps)
         self.checkpointer.save()
         dtype = getattr(torch, self._cfg.inference_model.torch_dtype.value)
-        save_pretrained(self.policy_training, self._tokenizer, self._run_dir / "last", dtype)
+        save_pretrained(self.policy_training, self._tokenizer, self._run_dir / "last", dtype, self._reader)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -134,8 +151,10 @@ class Session:
         summary = self._summary.to_dict(error, self.learner, self.weight_updater, self._started)
         # Plain: JSON has no word for numbers that are not finite.
         write_whole(self._run_dir / SUMMARY_FILE, json.dumps(plain(summary), indent=2))
-        stop_actors([*self._actors, self._buffer_owner._rb])
-        remove_directories(self._run_dir)
+        ranks = [] if self._ranks is None else self._ranks.actors
+        stop_actors([*self._actors, *ranks, self._buffer_owner._rb])
+        if self._ranks is not None:
+            self._ranks.leave()
 
     def _elapsed(self) -> float:
         """Seconds since the user's process started."""

@@ -1,67 +1,84 @@
-"""The worker's side of our weight transport: vLLM loads a state dict from a file in shared memory.
-
-Importing this module registers the transport with vLLM, so only processes that run an engine import it.
-"""
+"""The trainer's side of a push: how weights get from the training process to the engines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-BACKEND = "shared_memory"
+from expert_iteration.engine import OfferReport
+from expert_iteration.packed_weights import PackedWeights
+
+# A pass over the weights by name, whole tensors one at a time; each call is a new pass.
+WeightPass = Callable[[], Iterator[tuple[str, torch.Tensor]]]
 
 
-@dataclass
-class SharedMemoryInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: the file says it all."""
+class SentWeights(NamedTuple):
+    """What came of sending."""
+
+    reports: list[OfferReport]  # of each replica
+    names: frozenset[str]  # of the tensors that were sent
+    num_bytes: int
 
 
-@dataclass
-class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """Where the state dict lies (written with `torch.save`)."""
+class WeightTransport(Protocol):
+    """A way to the engines."""
 
-    path: str
+    dtype: torch.dtype
+    """In which floating-point weights travel."""
+
+    def connect(self, weights: WeightPass) -> None:
+        """Prepare to send such weights; called once the engines are there and before anything is generated."""
+        ...
+
+    def send(self, weights: WeightPass, version: int, probe: list[list[int]] | None, timeout: float) -> SentWeights:
+        """Offer weights to every replica; when it returns, the policy may change.
+
+        Args:
+            weights: the policy's.
+            version: labels them.
+            probe: sequences that each replica scores once it has loaded them.
+            timeout: seconds in which idle replicas must have loaded them.
+
+        Raises:
+            TimeoutError: one has not taken them in time.
+        """
+        ...
 
 
-class SharedMemoryWeightTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
-    """Loads Hugging Face weights by name, layer by layer.
+class PackedReceiver(Protocol):
+    """What `PackedTransport` sends to: an `EnginePool`."""
 
-    vLLM packs linear layers for the CPU when it loads them, so `load_weights` on a running model fails; its layerwise
-    reload restores the unpacked form first and packs again at the end.
+    def offer_weights(
+        self, weights: PackedWeights, version: int, probe: list[list[int]] | None, timeout: float
+    ) -> list[OfferReport]:
+        """See `EnginePool.offer_weights`."""
+        ...
+
+
+class PackedTransport:
+    """Copies the weights into one buffer in host memory, from which they go to all replicas.
+
+    Args:
+        engine: the engines' client.
+        dtype: the engine's; floating-point weights are cast to it.
     """
 
-    init_info_cls = SharedMemoryInitInfo
-    update_info_cls = SharedMemoryUpdateInfo
+    def __init__(self, engine: PackedReceiver, dtype: torch.dtype) -> None:
+        self._engine = engine
+        self.dtype = dtype
+        self._packed: PackedWeights | None = None  # kept from push to push
 
-    def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
-        """No rendezvous is needed."""
+    def connect(self, weights: WeightPass) -> None:
+        """Make the buffer; see `WeightTransport.connect`."""
+        self._packed = PackedWeights.allocate(weights(), self.dtype)
 
-    def start_weight_update(self) -> None:
-        """Put the layers back into the form that checkpoints are loaded into."""
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Load the file's tensors (mapped, not copied) into the model."""
-        weights = torch.load(update_info.path, map_location="cpu", mmap=True, weights_only=True)
-        model: Any = self.model  # every vLLM model has load_weights, which torch's Module does not know
-        model.load_weights(weights.items())
-
-    def finish_weight_update(self) -> None:
-        """Pack the layers again."""
-        finalize_layerwise_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
-
-
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryWeightTransferEngine)
+    def send(self, weights: WeightPass, version: int, probe: list[list[int]] | None, timeout: float) -> SentWeights:
+        """See `WeightTransport.send`."""
+        if self._packed is None:
+            self.connect(weights)
+        assert self._packed is not None
+        self._packed.pack(weights())
+        reports = self._engine.offer_weights(self._packed, version, probe, timeout)
+        return SentWeights(reports, self._packed.names, self._packed.num_bytes)

@@ -1,7 +1,9 @@
 """What several test files build."""
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from expert_iteration.config import LoraConfig
 
 
 def random_model(vocab_size: int, seed: int = 0, **config) -> Qwen2ForCausalLM:
@@ -19,3 +21,15 @@ def random_model(vocab_size: int, seed: int = 0, **config) -> Qwen2ForCausalLM:
             **config,
         )
     )
+
+
+def random_policy(model: PreTrainedModel, seed: int = 0, *, r: int = 4, alpha: float = 8.0, dropout: float = 0.0):
+    """The model with adapters that say something, as after training."""
+    from expert_iteration.lora import add_adapters
+
+    policy = add_adapters(model, LoraConfig(enabled=True, r=r, alpha=alpha, dropout=dropout), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))  # the same on any device
+    return policy

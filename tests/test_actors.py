@@ -14,6 +14,7 @@ from expert_iteration.actors import BackgroundCollector, CollectedBatch, Collect
 from expert_iteration.pacing import paced_batches
 from expert_iteration.remote import ProcessDiedError, Waiting, get_from
 from expert_iteration.sizes import batches_ahead
+from expert_iteration.turns import Turns
 
 
 class Batch(str):
@@ -95,7 +96,7 @@ def waiting():
 
 def test_without_overlap_a_batch_is_collected_when_it_is_asked_for(make_stage, waiting):
     stage = make_stage()
-    for batch in CollectorClient(stage, "buffer", num_batches=3, overlap=False, waiting=waiting):
+    for batch in CollectorClient(stage, "buffer", num_batches=3, overlap=False, waiting=waiting, turns=Turns()):
         assert ray.get(stage.work.remote(f"train on {batch}")) == ["buffer", int(batch[-1])]
     assert ray.get(stage.program.remote()) == [
         *("collect 1", "write 1", "train on batch 1"),
@@ -108,7 +109,7 @@ def test_without_overlap_a_batch_is_collected_when_it_is_asked_for(make_stage, w
 def test_with_overlap_the_next_batch_is_collected_while_the_trainer_works_on_this_one(make_stage, waiting):
     stage = make_stage()
     for number, batch in enumerate(
-        CollectorClient(stage, "buffer", num_batches=3, overlap=True, waiting=waiting), start=1
+        CollectorClient(stage, "buffer", num_batches=3, overlap=True, waiting=waiting, turns=Turns()), start=1
     ):
         # The trainer is still at this batch when the next is complete; what it trains on is nevertheless this one's.
         assert number == 3 or ray.get(stage.wait_for.remote(f"collect {number + 1}"))
@@ -124,7 +125,7 @@ def test_with_overlap_the_next_batch_is_collected_while_the_trainer_works_on_thi
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_error_while_collecting_surfaces_as_itself(make_stage, waiting, overlap):
     stage = make_stage(fails_at=2)
-    batches = iter(CollectorClient(stage, "buffer", num_batches=3, overlap=overlap, waiting=waiting))
+    batches = iter(CollectorClient(stage, "buffer", num_batches=3, overlap=overlap, waiting=waiting, turns=Turns()))
     assert next(batches) == "batch 1"
     with pytest.raises(ZeroDivisionError, match="the reward divides by zero"):
         next(batches)
@@ -288,7 +289,7 @@ def test_batches_of_which_nothing_is_kept_end_the_wait_with_that_reason(make_sta
     ray.get(stage.count.remote())  # its process has started
     waiting = Waiting(2.0, print, lambda: "the engine is idle")
     with pytest.raises(TimeoutError, match=r"\d+ batches came meanwhile and none of their responses was kept") as error:
-        for _ in CollectorClient(stage, "buffer", 100, overlap=False, waiting=waiting):
+        for _ in CollectorClient(stage, "buffer", 100, overlap=False, waiting=waiting, turns=Turns()):
             pass
     assert "the engine" not in str(error.value)
 
@@ -296,14 +297,14 @@ def test_batches_of_which_nothing_is_kept_end_the_wait_with_that_reason(make_sta
 def test_a_synchronous_trainer_gives_up_waiting_too(make_stage):
     waiting = Waiting(0.3, print, lambda: "the engine is idle")
     with pytest.raises(TimeoutError, match=r"collection_timeout=0\.3\): the engine is idle"):
-        next(iter(CollectorClient(make_stage(seconds=60), "buffer", 1, overlap=False, waiting=waiting)))
+        next(iter(CollectorClient(make_stage(seconds=60), "buffer", 1, overlap=False, waiting=waiting, turns=Turns())))
 
 
 @pytest.mark.parametrize("kind", ["synchronous", "background"])
 def test_a_collector_that_dies_is_named(make_stage, waiting, kind):
     stage = make_stage(seconds=60)
     if kind == "synchronous":
-        batches = iter(CollectorClient(stage, "buffer", 1, overlap=False, waiting=waiting))
+        batches = iter(CollectorClient(stage, "buffer", 1, overlap=False, waiting=waiting, turns=Turns()))
         threading.Timer(0.5, ray.kill, [stage]).start()
         with pytest.raises(ProcessDiedError, match=r"The collector's process has died \(logs/collector\.log\)"):
             next(batches)

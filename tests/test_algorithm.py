@@ -3,28 +3,15 @@
 Neither Ray nor vLLM: what is left is the flow of data, from a drawn prompt to a changed weight and a written file.
 """
 
-import json
-import time
-from pathlib import Path
-from queue import SimpleQueue
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torchrl.data import LazyStackStorage
+from local_runs import run_algorithm
 from whole_runs import without_times
 
-import ei_utils
 from expert_iteration import tiny
-from expert_iteration.checkpoint import Checkpointer
 from expert_iteration.engine import AppliedUpdate, Completion, OfferReport, Sampling
 from expert_iteration.log_probs import token_log_probs
-from expert_iteration.metrics import Metrics
 from expert_iteration.models import chat_prompt_ids
-from expert_iteration.replay_buffer import BufferReader, ExpertReplayBuffer
-from expert_iteration.scorer import ReferenceScorer
-from expert_iteration.summary import Summary
-from expert_iteration.tasks import load_task
 
 OVERRIDES = (
     "env.repeats=4",
@@ -49,7 +36,9 @@ STYLES = ("untagged", "careful", "hasty", "hasty")  # of the responses of a grou
 
 
 class ScriptedEngine:
-    """Responds in the tiny task's styles, in turn, whatever it has learned; loads weights as an engine does."""
+    """Responds in the tiny task's styles, in turn, whatever it has learned; loads weights as a pool of one does."""
+
+    names = ("engine",)
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer, self.version, self.asked, self.samplings = model, tokenizer, 0, 0, set()
@@ -66,102 +55,19 @@ class ScriptedEngine:
         self.asked += 1
         return Completion(self.tokenizer(text)["input_ids"], "stop", self.version)
 
-    def offer_weights(self, update_info, version, probe, timeout):
-        self.model.load_state_dict(torch.load(update_info["path"], weights_only=True))
-        Path(update_info["path"]).unlink()
+    def offer_weights(self, weights, version, probe, timeout):
+        self.model.load_state_dict(dict(weights))
         self.version = version
-        scores = None if probe is None else self.token_log_probs(probe)
-        return OfferReport([AppliedUpdate(version, 0.0, 0.0, scores)], superseded=0)
+        scores = None if probe is None else self.token_log_probs(probe)[0]
+        return [OfferReport([AppliedUpdate(version, 0.0, 0.0, scores)], superseded=0)]
 
     def report(self):
-        return OfferReport([], superseded=0)
+        return [OfferReport([], superseded=0)]
 
     @torch.no_grad()
     def token_log_probs(self, sequences):
         rows = [torch.tensor([sequence]) for sequence in sequences]
-        return [token_log_probs(self.model, ids, torch.ones_like(ids))[0].tolist() for ids in rows]
-
-
-class LocalCollector:
-    """`CollectorClient` and `BackgroundCollector` without an actor; the latter's batches come when waited for."""
-
-    def __init__(self, collector, replay_buffer, num_batches):
-        self.collector, self.replay_buffer, self.num_batches = collector, replay_buffer, num_batches
-        self.ready, self.latest = [], None
-
-    finished = property(lambda self: self.num_batches == 0 and not self.ready)
-
-    def __iter__(self):
-        while self.num_batches:
-            yield self.collect()
-
-    def collect(self):
-        self.num_batches -= 1
-        self.collector.collect()
-        return self.collector.write(self.replay_buffer)
-
-    def start(self):
-        pass
-
-    def arrived(self):
-        batches, self.ready = self.ready, []
-        return batches
-
-    def go_on(self, worked_off):
-        pass
-
-    def wait(self, since, why=None):
-        self.latest = self.collect()
-        self.ready.append(self.latest)
-
-    def say(self, text):
-        pass
-
-
-def run_algorithm(script, cfg, load_model, tokenizer, run_dir):
-    """One run; returns its collaborators by name, and what else the tests look at."""
-    run_dir.mkdir()
-    task, log_queue, started = load_task(cfg), SimpleQueue(), time.time()
-    engine, policy, summary = ScriptedEngine(load_model(), tokenizer), load_model(), Summary(cfg)
-    sizes = ei_utils.derive_sizes(cfg)
-    buffer = ExpertReplayBuffer(
-        storage=LazyStackStorage(sizes.buffer_size),
-        sampler=ei_utils.make_sampler(cfg, sizes.buffer_size),
-        batch_size=cfg.train.optim_batch_size,
-        capacity=sizes.buffer_size,
-        seed=0,
-    )
-    reference = ReferenceScorer(load_model(), pad_token_id=0, micro_batch_size=8)
-    collector = ei_utils.make_collector(cfg, task, engine, reference, log_queue)
-    metrics = Metrics(run_dir, loggers=[summary], log_queue=log_queue, logging_frequency=1)
-    learner = ei_utils.make_learner(cfg, policy, tokenizer)
-    updater = ei_utils.make_weight_updater(cfg, engine, task, tokenizer, run_dir)
-    updater.verify_start(policy)
-    reader = BufferReader(
-        buffer, max_policy_age=cfg.train.max_policy_age, policy_version=lambda: updater.policy_version
-    )
-    script.train(
-        cfg,
-        collector=LocalCollector(collector, buffer, sizes.num_batches),
-        replay_buffer=reader,
-        learner=learner,
-        policy_training=policy,
-        weight_updater=updater,
-        evaluator=ei_utils.make_evaluator(cfg, engine, task, tokenizer, metrics),
-        checkpointer=Checkpointer(run_dir / "checkpoints", learner, cfg),
-        metrics=metrics,
-    )
-    metrics.log(reader.statistics(), learner.gradient_steps)
-    metrics.close()
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return SimpleNamespace(
-        engine=engine,
-        policy=policy,
-        lines=lines,
-        task=task,
-        summary=summary.to_dict(None, learner, updater, started),
-        checkpoints=sorted(path.name for path in (run_dir / "checkpoints").glob("*")),
-    )
+        return [[token_log_probs(self.model, ids, torch.ones_like(ids))[0].tolist() for ids in rows]]
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +76,10 @@ def start_run(load_script, make_cfg, tiny_folder, tiny_tokenizer, tmp_path_facto
 
     def start(*overrides, mode="sync"):
         cfg = make_cfg(f"model.name={tiny_folder}", *OVERRIDES, *overrides, mode=mode)
-        return run_algorithm(
-            load_script(f"expert-iteration-{mode}"),
-            cfg,
-            lambda: load_model(str(tiny_folder), dtype="float32", attn_implementation="sdpa", device="cpu"),
-            tiny_tokenizer,
-            tmp_path_factory.mktemp("runs") / "run",
-        )
+        model = load_model(str(tiny_folder), dtype="float32", attn_implementation="sdpa", device="cpu")
+        engine = ScriptedEngine(model, tiny_tokenizer)
+        script = load_script(f"expert-iteration-{mode}")
+        return run_algorithm(script, cfg, engine, tmp_path_factory.mktemp("runs") / "run")
 
     return start
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from builders import random_policy
 from safetensors import safe_open
 from tensordict import TensorDict, lazy_stack
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 import ei_utils
 from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.config import to_plain_dict
+from expert_iteration.devices import compute_device_allocation
+from expert_iteration.policy_reader import PolicyReader
 
 # DESIGN section 5: other programs read these.
 CONTRACT = {
@@ -42,7 +45,8 @@ def cfg(make_cfg):
 
 @pytest.fixture
 def make_learner(cfg, load_tiny_model, tiny_tokenizer):
-    return lambda: ei_utils.make_learner(cfg, load_tiny_model(), tiny_tokenizer)
+    allocation = compute_device_allocation(cfg, num_accelerators=0)
+    return lambda: ei_utils.make_learner(cfg, allocation, (load_tiny_model(), tiny_tokenizer))
 
 
 @pytest.fixture
@@ -111,12 +115,40 @@ def test_every_tensor_is_on_the_cpu_when_it_is_written(learner, cfg, tmp_path, m
 def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(learner, make_learner, cfg, tmp_path):
     loaded = torch.load(Checkpointer(tmp_path, learner, cfg).save(), weights_only=True)
     other = make_learner()
-    other.model.load_state_dict(loaded["model_state_dict"])
-    other.load_state_dict(loaded)
+    other.load_checkpoint(loaded)
     for seed in (1, 2):
         assert learner.step(make_batch(seed)) == other.step(make_batch(seed))
     for one, two in zip(learner.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(learner):
+    state = learner.checkpoint()
+    state["model_state_dict"]["lm_head.bias"] = torch.zeros(3)
+    del state["model_state_dict"]["model.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"2 tensors .* such as lm_head\.bias, model\.norm\.weight"):
+        learner.load_checkpoint(state)
+
+
+def test_with_adapters_a_checkpoint_holds_them_alone_and_names_their_base(
+    make_cfg, load_tiny_model, tiny_tokenizer, tmp_path
+):
+    cfg = make_cfg("train_model.lora.enabled=true", "ref_model.num_devices=1")
+    allocation = compute_device_allocation(cfg, num_accelerators=0)
+
+    def start(seed):
+        return ei_utils.make_learner(cfg, allocation, (random_policy(load_tiny_model(), seed), tiny_tokenizer))
+
+    learner = start(seed=0)
+    learner.step(make_batch(0))
+    loaded = torch.load(Checkpointer(tmp_path, learner, cfg).save(), weights_only=True)
+    assert loaded["base_model"] == "tiny"
+    adapters = dict(PolicyReader().adapters(learner.model))
+    assert loaded["model_state_dict"].keys() == adapters.keys()
+    assert all("lora_" in name for name in adapters)
+    other = start(seed=1)
+    other.load_checkpoint(loaded)
+    assert learner.step(make_batch(1)) == other.step(make_batch(1))
 
 
 def test_each_step_has_a_checkpoint_of_its_own_and_nothing_else_is_left(learner, cfg, tmp_path):
@@ -203,6 +235,30 @@ def test_a_saved_folder_gives_the_model_back(load_tiny_model, tiny_tokenizer, tm
     assert ids.tolist() == tiny_tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False).tolist()
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_adapters_are_saved_merged_as_an_ordinary_model(load_tiny_model, tiny_tokenizer, tmp_path):
+    policy = random_policy(load_tiny_model()).eval()
+    save_pretrained(policy, tiny_tokenizer, tmp_path, torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {name for name, _ in loaded.named_parameters()} == {name for name, _ in load_tiny_model().named_parameters()}
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        found, expected = loaded(ids).logits, policy(ids).logits
+        assert (expected - load_tiny_model()(ids).logits).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_tied_weights_that_are_read_as_copies_are_written_once(load_tiny_model, tiny_tokenizer, tmp_path):
+    """As of a sharded policy, whose tensors are gathered one by one."""
+
+    class CopyingReader(PolicyReader):
+        def _whole(self, tensor):
+            return tensor.clone()
+
+    save_pretrained(load_tiny_model(), tiny_tokenizer, tmp_path, torch.float32, CopyingReader())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert {"model.embed_tokens.weight"} == {"model.embed_tokens.weight", "lm_head.weight"} & set(file.keys())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

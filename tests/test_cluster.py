@@ -1,7 +1,6 @@
 """`expert_iteration.cluster`: what Ray cannot give is refused before anything waits for it."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import pytest
 import ray
 
 from expert_iteration.cli import CONFIG_DIR
-from expert_iteration.cluster import check_resources, default_threads, given, process_options, start_actor, stop_actors
+from expert_iteration.cluster import check_resources, given, start_actor, stop_actors
 from expert_iteration.errors import UserError
 
 ON_CPU = {"ray_num_gpus": 0}
@@ -44,28 +43,19 @@ def test_a_resource_of_the_users_own_must_be_there(make_cfg):
         check_resources(cfg, ON_CPU, {"CPU": 1.0})
 
 
+def test_a_cluster_that_does_not_answer_is_refused_with_the_commands_that_start_one():
+    command = "from expert_iteration import cluster; from expert_iteration.cli import compose_config as c; "
+    command += "from expert_iteration.resolve import resolve_config as r; "
+    command += "cluster.start_ray(r(c('ei_tiny', 'sync', ['ray.init_config.address=127.0.0.1:1']), 'sync'))"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=CONFIG_DIR.parent, capture_output=True, text=True, check=False
+    )
+    assert "UserError: ray.init_config.address (127.0.0.1:1): no Ray cluster answers there" in done.stderr
+    assert "ray start --head" in done.stderr
+
+
 def test_null_leaves_an_option_to_its_default():
     assert given({"num_cpus": None, "num_gpus": 0, "address": "auto"}) == {"num_gpus": 0, "address": "auto"}
-
-
-def test_threads_are_those_given():
-    assert process_options(3, [])["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
-
-
-def test_models_that_work_at_the_same_time_share_the_cores(make_cfg, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert default_threads(make_cfg()) == 6
-    assert default_threads(make_cfg("train.sync_iter=false")) == 3
-    assert default_threads(make_cfg(mode="async")) == 3
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert default_threads(make_cfg(mode="async")) == 1
-
-
-def test_a_process_sees_the_accelerators_that_ray_gives_it_and_no_others():
-    on_cpu, on_two = process_options(1, []), process_options(1, [4, 5])
-    assert (on_cpu["num_gpus"], on_cpu["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"]) == (0, "")
-    assert on_two["num_gpus"] == 2
-    assert "CUDA_VISIBLE_DEVICES" not in on_two["runtime_env"]["env_vars"]
 
 
 # --- actors ---
@@ -78,14 +68,11 @@ class Worker:
 
         atexit.register(pathlib.Path(farewell).touch)
 
-    def threads(self):
-        return os.environ.get("OMP_NUM_THREADS")
-
 
 def test_actors_have_their_threads_and_end_in_their_own_way(ray_session, tmp_path):
     paths = [tmp_path / f"farewell-{number}" for number in range(3)]
-    actors = [start_actor(Worker, process_options(7, []), str(path)) for path in paths]
-    assert ray.get([actor.threads.remote() for actor in actors]) == ["7"] * 3
+    actors = [start_actor(Worker, {}, str(path)) for path in paths]
+    ray.get([actor.__ray_ready__.remote() for actor in actors])
     stop_actors(actors, timeout=60)
     # What they registered for their exit happens, a moment after Ray calls them ended: killed ones never would.
     deadline = time.monotonic() + 60

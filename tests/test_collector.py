@@ -85,10 +85,15 @@ def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_toke
             parts.engine, tokenizer, Sampling(max_tokens=3), seed=seed, keep_stop_token=keep_stop_token
         ),
         selector=TopKRewardSelector(REPEATS, topk, group_key="group_id"),
-        retrieve_log_prob=RetrieveLogProb(parts.reference.score),
         postproc=lambda batch: parts.batches.append(batch) or batch,
         log_record=parts.records.append,
-        **{"dialog_turns_per_batch": TURNS, "num_batches": 3, "num_sample_groups": 2, **options},
+        **{
+            "retrieve_log_prob": RetrieveLogProb(parts.reference.score),
+            "dialog_turns_per_batch": TURNS,
+            "num_batches": 3,
+            "num_sample_groups": 2,
+            **options,
+        },
     )
     return parts
 
@@ -228,6 +233,19 @@ def test_the_reference_scores_what_is_kept_and_nothing_else(tiny_tokenizer):
     for row in stored(parts):
         expected = (row["tokens", "full"] / -100) * row["masks", "all_assistant_mask"]
         assert torch.equal(row["next", "ref_log_probs", "full"], expected)
+
+
+def test_without_a_reference_rows_are_written_without_its_log_probs(tiny_tokenizer):
+    parts = make_collector(tiny_tokenizer, retrieve_log_prob=None)
+    collect(parts)
+    assert len(stored(parts)) == 8
+    assert set(stored(parts)[0].keys(True, True, is_leaf=is_leaf_nontensor)) == {*STORED_KEYS}
+
+
+def test_kept_responses_are_numbered_through_all_batches(tiny_tokenizer):
+    parts = make_collector(tiny_tokenizer)
+    collect(parts, batches=2)
+    assert [int(row["response_id"]) for row in stored(parts)] == list(range(16))
 
 
 def test_nothing_is_written_before_it_is_asked_for(tiny_tokenizer):

@@ -89,16 +89,28 @@ def test_gsm8k_has_the_published_values_and_our_mended_ones():
         "train.sync_iter": True,
         "train_model.gradient_checkpointing": True,
         "train_model.num_devices": 1,
+        "train_model.parallel": "auto",
+        "train_model.lora.enabled": True,
+        "train_model.lora.r": 8,
+        "train_model.lora.alpha": 16,
+        "train_model.lora.dropout": 0.0,
+        "train_model.quantization.enabled": False,
         "train_model.attn_implementation": "sdpa",
         "train_model.torch_dtype": "bfloat16",
         "train_model.eval": False,
+        "inference_model.backend": "vllm",
         "inference_model.num_devices": 1,
+        "inference_model.num_replicas": 1,
         "inference_model.gpu_memory_utilization": 0.75,
         "inference_model.temperature": 0.8,
         "inference_model.max_tokens": 1024,
         "inference_model.include_stop_str_in_output": True,
         "inference_model.enforce_eager": False,
         "ref_model.num_devices": None,
+        "ref_model.torch_dtype": "bfloat16",
+        "ref_model.quantization.enabled": False,
+        "weight_update.lora_only": False,
+        "placement": "auto",
         "optimizer.name": "AdamW",
         "optimizer.lr": None,
         "optimizer.clip_grad_norm": 1.0,
@@ -127,6 +139,17 @@ def test_ifeval_differs_where_the_published_one_does():
     }
 
 
+def test_one_gpu_differs_where_it_must():
+    gsm8k, one_gpu = (schema.to_plain_dict(load(task=task)) for task in ("ei_gsm8k", "ei_gsm8k_1gpu"))
+    assert differences(gsm8k, one_gpu) == {
+        "placement": ("auto", "colocated"),
+        "model.name": ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-1.5B-Instruct"),
+        "inference_model.max_tokens": (1024, 512),
+        "inference_model.max_model_len": (None, 1024),
+        "inference_model.gpu_memory_utilization": (0.75, 0.6),
+    }
+
+
 def differences(left: dict, right: dict, prefix: str = "") -> dict[str, tuple]:
     found = {}
     for key in left:
@@ -150,6 +173,8 @@ def test_tiny_has_its_measured_recipe():
         "train.gradient_accumulation_steps": 1,
         "train.kl_to_ref_coeff": 0.1,
         "train.mixed_precision": False,
+        "train_model.lora.enabled": False,
+        "ref_model.num_devices": None,
         "inference_model.torch_dtype": "float32",
         "inference_model.temperature": 1.0,
         "inference_model.max_tokens": 32,
@@ -237,6 +262,9 @@ def test_same_configuration_as_plain_data():
         ("optimizer.scheduler.type=step", "cosine_with_warmup, linear, constant"),
         ("train.kl_to_ref_schedule.type=step", "constant, linear, cosine"),
         ("train_model.torch_dtype=float8", "float32, bfloat16, float16"),
+        ("placement=shared", "auto, dedicated, colocated"),
+        ("train_model.parallel=tensor", "auto, ddp, fsdp"),
+        ("inference_model.backend=sglang", "vllm, transformers"),
         ("logging.backend=mlflow", "wandb, none"),
         ("logging.mode=sometimes", "online, offline, disabled"),
     ],
@@ -296,7 +324,7 @@ def test_added_unknown_key_is_refused():
         ("optimizer.schedular", "did you mean optimizer.scheduler?"),
         ("logging.checkpointdir", "did you mean logging.checkpoint_dir?"),
         ("reward.zzz", "reward has fn."),
-        ("zzz", "the top level has seed, device, env"),
+        ("zzz", "the top level has seed, device, placement, env"),
         ("train.exp_name", "use logging.experiment_name."),
         ("logging.checkpoint_frequency", "use train.checkpoint_frequency."),
         ("ref_model.lora.enabled", "is gone: the reference is the frozen start model"),
@@ -431,6 +459,44 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         "sync",
         ["float32", "train.mixed_precision=false"],
     ),
+    *[
+        ("lora_dropout_is_a_share", {"train_model.lora.dropout": value}, "sync", [f"({value})", "from 0 to below 1"])
+        for value in (-0.1, 1.0, math.nan)
+    ],
+    (
+        "reference_has_a_place",
+        {"ref_model.num_devices": 0},
+        "sync",
+        ["ref_model.num_devices (0)", "train_model.lora.enabled=true", "ref_model.num_devices=null"],
+    ),
+    (
+        "quantization_needs_lora",
+        {"train_model.quantization.enabled": True},
+        "sync",
+        ["train_model.quantization.enabled (true)", "train_model.lora.enabled=true", "quantization.enabled=false"],
+    ),
+    (
+        "quantization_is_on_one_whole_model",
+        {
+            "train_model.quantization.enabled": True,
+            "train_model.lora.enabled": True,
+            "train_model.parallel": "fsdp",
+        },
+        "sync",
+        ["train_model.parallel (fsdp)", "train_model.quantization.enabled=true", "train_model.parallel=ddp"],
+    ),
+    (
+        "lora_only_needs_lora",
+        {"weight_update.lora_only": True},
+        "sync",
+        ["weight_update.lora_only (true)", "train_model.lora.enabled=true"],
+    ),
+    (
+        "tensor_parallelism_needs_vllm",
+        {"inference_model.backend": "transformers", "inference_model.num_devices": 2},
+        "sync",
+        ["inference_model.num_devices (2)", "inference_model.num_replicas", "inference_model.backend=vllm"],
+    ),
     (
         "gradient_checkpointing_needs_train_mode",
         {"train_model.eval": True, "train_model.gradient_checkpointing": True},
@@ -497,7 +563,7 @@ def test_every_rule_has_a_case():
 
 def test_every_number_is_bounded():
     """A number that no rule looks at would be passed on whatever it is."""
-    elsewhere = {"seed", "tiny.model_seed", "optimizer.betas"}
+    elsewhere = {"seed", "tiny.model_seed", "optimizer.betas", "train_model.lora.dropout"}
     bounded = {*validation.AT_LEAST_ONE, *validation.AT_LEAST_ZERO, *validation.ABOVE_ZERO, *validation.SHARES}
     assert {key for key in keys.leaf_keys() if is_number(key)} == bounded | elsewhere
 
@@ -539,6 +605,14 @@ def is_number(key: str) -> bool:
         ({"eval.temperature": 0, "eval.num_samples": 1}, "sync"),
         ({"inference_model.top_p": 1.0, "inference_model.gpu_memory_utilization": 1.0}, "sync"),
         ({"train.mixed_precision": True, "train_model.torch_dtype": "bfloat16"}, "sync"),
+        ({"train_model.lora.dropout": 0.99}, "sync"),
+        ({"ref_model.num_devices": 0, "train_model.lora.enabled": True}, "sync"),
+        ({"ref_model.num_devices": 2, "train_model.lora.enabled": True}, "async"),
+        ({"train_model.quantization.enabled": True, "train_model.lora.enabled": True}, "sync"),
+        ({"ref_model.quantization.enabled": True}, "sync"),
+        ({"weight_update.lora_only": True, "train_model.lora.enabled": True}, "sync"),
+        ({"inference_model.backend": "transformers", "inference_model.num_replicas": 2}, "sync"),
+        ({"train_model.num_devices": 2, "inference_model.num_devices": 2, "ref_model.num_devices": 2}, "sync"),
         ({"optimizer.scheduler.warmup_steps": 10}, "sync"),
         ({"reward.fn": "my.rewards:score"}, "sync"),
         ({"model.name": "gpt2"}, "sync"),

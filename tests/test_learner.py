@@ -12,8 +12,9 @@ from torch import nn
 
 import ei_utils
 from expert_iteration.cadence import is_due
+from expert_iteration.devices import compute_device_allocation
 from expert_iteration.errors import UserError
-from expert_iteration.learner import Learner
+from expert_iteration.learner import Learner, Share, share_out
 from expert_iteration.loss import SFTLoss
 from expert_iteration.optimizer import make_optimizer
 from expert_iteration.schedule import KLSchedule, make_scheduler
@@ -77,7 +78,7 @@ class SteepLoss(nn.Module):
 def make_learner(model=None, *, loss=lambda loss_fn: loss_fn, optimizer="SGD", lr=1.0, num_steps=100, **options):
     model = random_model(VOCABULARY) if model is None else model
     loss_fn = loss(SFTLoss(model, TOKENIZER, kl_to_ref_coeff=0.5))
-    torch_optimizer = make_optimizer(model, optimizer_settings(name=optimizer, lr=lr))
+    torch_optimizer = make_optimizer(model, optimizer_settings(name=optimizer), lr)
     shape = SimpleNamespace(enabled=True, type="cosine_with_warmup", warmup_steps=0, num_cycles=0.5)
     options = {
         "gradient_accumulation_steps": 1,
@@ -90,7 +91,7 @@ def make_learner(model=None, *, loss=lambda loss_fn: loss_fn, optimizer="SGD", l
 
 
 def optimizer_settings(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"name": "AdamW", "lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 0.0, **changes})
+    return SimpleNamespace(**{"name": "AdamW", "betas": [0.9, 0.98], "weight_decay": 0.0, **changes})
 
 
 def weights(learner: Learner) -> torch.Tensor:
@@ -194,6 +195,52 @@ ROWS_BATCH = lazy_stack(ROWS[:2])
 )
 def test_is_due(step, every, since, due):
     assert is_due(step, every, since) is due
+
+
+# --- shares ---
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_ranks", "counts"),
+    [(8, 1, [8]), (8, 3, [3, 3, 2]), (3, 2, [2, 1]), (1, 2, [1, 0]), (2, 3, [1, 1, 0])],
+)
+def test_a_batch_is_shared_out_evenly_and_nobody_stays_without_rows(num_rows, num_ranks, counts):
+    shares = share_out(lazy_stack(ROWS[:num_rows]), num_ranks)
+    assert [share.num_responses for share in shares] == counts
+    counted = [row for share in shares for row in share.rows.unbind(0)[: share.num_responses]]
+    assert [row["next", "reward"].item() for row in counted] == list(range(num_rows))
+    for share in shares:
+        assert len(share.rows) == max(1, share.num_responses)
+        assert share.step_responses == num_rows
+        assert share.step_tokens == sum(len(row["tokens", "full"]) for row in ROWS[:num_rows])
+
+
+def test_a_share_that_does_not_count_takes_part_without_effect():
+    learner = make_learner(gradient_accumulation_steps=2)
+    learner.train_on(Share(lazy_stack(ROWS[:1]), 0, 4, 20))
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in learner.model.parameters())
+    assert (learner.responses_trained, learner.tokens_trained) == (4, 20)
+
+
+class NotingReference:
+    """In place of an `AdapterReference`: log-probs that no batch brings along."""
+
+    def __init__(self):
+        self.batches = []
+
+    def attach(self, batch):
+        self.batches.append(len(batch))
+        for row in batch.unbind(0):
+            row.set(("next", "ref_log_probs", "full"), -4.0 * row["masks", "all_assistant_mask"])
+
+
+def test_the_reference_gives_every_batch_the_log_probs_that_it_lacks():
+    reference = NotingReference()
+    learner, expected = make_learner(reference=reference), make_learner()
+    bare = [row.clone().exclude(("next", "ref_log_probs", "full")) for row in ROWS]
+    result = learner.step(lazy_stack(bare))
+    assert reference.batches == [8]
+    assert result == expected.step(lazy_stack(ROWS))
 
 
 # --- metrics ---
@@ -310,7 +357,9 @@ def test_a_restored_learner_continues_the_kl_schedule():
     ],
 )
 def test_the_kl_schedule_of_the_configuration(overrides, expected, make_cfg):
-    learner = ei_utils.make_learner(make_cfg(*overrides), random_model(VOCABULARY), TOKENIZER)
+    cfg = make_cfg(*overrides)
+    allocation = compute_device_allocation(cfg, num_accelerators=0)
+    learner = ei_utils.make_learner(cfg, allocation, (random_model(VOCABULARY), TOKENIZER))
     learner.plan(2, until=1.0)
     found = [learner.step(ROWS_BATCH).get("kl_to_ref_coeff") for _ in range(2)]
     assert found == [value if value is None else pytest.approx(value, abs=1e-12) for value in expected]
@@ -386,7 +435,7 @@ def test_master_weights_stay_float32_under_a_bfloat16_forward():
     learner.model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     before = weights(learner)
     result = learner.step(lazy_stack(ROWS))
-    assert seen == [torch.bfloat16]
+    assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in learner.model.parameters()} == {torch.float32}
     assert {state["exp_avg"].dtype for state in learner.optimizer.state.values()} == {torch.float32}
     assert not torch.equal(weights(learner), before)
@@ -440,7 +489,7 @@ def test_gradient_checkpointing_recomputes_each_layer(eval_mode, forwards):
     for layer in learner.model.model.layers:
         # A pre-hook, for the recomputation stops as soon as it has what the backward pass needs.
         layer.mlp.register_forward_pre_hook(lambda module, _: calls.append(module))
-    learner.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    learner.model.model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     learner.step(lazy_stack(ROWS))
     assert modes == [not eval_mode]
     assert [calls.count(layer.mlp) for layer in learner.model.model.layers] == [forwards, forwards]
@@ -514,7 +563,7 @@ def assert_same_state(found, expected) -> None:
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
 def test_the_optimizer_is_the_one_named_and_spares_norms_and_biases(name):
     model = random_model(VOCABULARY)
-    optimizer = make_optimizer(model, optimizer_settings(name=name, weight_decay=0.1))
+    optimizer = make_optimizer(model, optimizer_settings(name=name, weight_decay=0.1), 1e-3)
     assert type(optimizer) is getattr(torch.optim, name)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for parameter_name, parameter in model.named_parameters():
@@ -530,7 +579,7 @@ def test_weight_decay_moves_matrices_only():
     learner = make_learner(model, lr=0.5)
     for group in learner.optimizer.param_groups:
         assert group["weight_decay"] == 0.0
-    optimizer = make_optimizer(model, optimizer_settings(name="SGD", lr=0.5, weight_decay=0.1))
+    optimizer = make_optimizer(model, optimizer_settings(name="SGD", weight_decay=0.1), 0.5)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -539,18 +588,17 @@ def test_weight_decay_moves_matrices_only():
         torch.testing.assert_close(parameter.detach(), before[name] * (0.95 if parameter.ndim >= 2 else 1.0))
 
 
-def test_a_null_learning_rate_and_frozen_parameters():
+def test_frozen_parameters_are_left_alone():
     model = random_model(VOCABULARY)
     model.model.requires_grad_(False)
-    optimizer = make_optimizer(model, optimizer_settings(lr=None))
+    optimizer = make_optimizer(model, optimizer_settings(), 1e-5)
     (group,) = optimizer.param_groups
-    assert group["lr"] == 1e-5
     assert [id(parameter) for parameter in group["params"]] == [id(model.lm_head.weight)]
     model.requires_grad_(False)
     with pytest.raises(UserError, match="no trainable"):
-        make_optimizer(model, optimizer_settings())
+        make_optimizer(model, optimizer_settings(), 1e-5)
 
 
 def test_an_unknown_optimizer_is_refused_with_the_known():
     with pytest.raises(UserError, match="AdamW, Adam, SGD"):
-        make_optimizer(random_model(VOCABULARY), optimizer_settings(name="Lion"))
+        make_optimizer(random_model(VOCABULARY), optimizer_settings(name="Lion"), 1e-5)

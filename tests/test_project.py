@@ -74,10 +74,18 @@ def test_the_readme_shows_what_it_promises():
     assert commands("make") == ["make demo", "make test"]
 
 
+def flat(section, prefix=""):
+    """The dotted keys of a nested dictionary, with their values."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_every_yaml_snippet_of_the_readme_names_real_keys(block):
-    sections = yaml.safe_load(block)
-    overrides = [f"{section}.{key}={value}" for section, values in sections.items() for key, value in values.items()]
+    overrides = [f"{key}={value}" for key, value in flat(yaml.safe_load(block))]
     assert all(keys.is_known(override.split("=")[0]) for override in overrides)
     resolve_config(compose_config("ei_gsm8k", overrides=[*overrides, "device=cpu"]), "sync")
 

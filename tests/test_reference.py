@@ -10,7 +10,7 @@ from torch import nn
 from torchrl.data import Composite, LazyStackStorage, ReplayBuffer
 from torchrl.envs.transforms import Compose
 
-from expert_iteration.log_probs import token_log_probs
+from expert_iteration.log_probs import LogProbModel, token_log_probs
 from expert_iteration.loss import SFTLoss
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.scorer import ReferenceScorer
@@ -81,10 +81,8 @@ def test_padded_rows_are_scored_as_the_bare_ones(side):
 
 
 def test_a_micro_batch_holds_rows_of_like_length():
-    model, seen = tiny_model(), []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
+    model, seen = LogProbModel(tiny_model()), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     ReferenceScorer(model, 0, 2).score(make_ids())
     assert seen == [(2, 12), (2, 7), (2, 3), (1, 1)]
 

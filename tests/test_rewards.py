@@ -206,6 +206,7 @@ def test_function_from_a_file(reward_file):
 def test_function_from_a_file_reaches_another_process(reward_file, tmp_path):
     loaded = rewards.load_reward_fn(f"{reward_file}:by_length")
     (tmp_path / "pickled").write_bytes(pickle.dumps(loaded))
+    reward_file.unlink()  # as on another host
     code = (
         "import pickle, sys, pathlib\n"
         "loaded = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"

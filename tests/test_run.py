@@ -29,7 +29,7 @@ def test_prompts_that_leave_no_room_are_left_out_and_said(cfg_of):
 
 
 def test_a_tokenizer_without_a_template_is_refused_before_anything_starts(cfg_of, monkeypatch):
-    def refuse(name):
+    def refuse(name, trust_remote_code):
         raise UserError("no template")
 
     monkeypatch.setattr("expert_iteration.run.load_tokenizer", refuse)
@@ -38,6 +38,8 @@ def test_a_tokenizer_without_a_template_is_refused_before_anything_starts(cfg_of
 
 
 def test_the_learning_rate_that_was_chosen_is_said(make_cfg):
-    assert _describe_optimizer(make_cfg()) == "AdamW at a learning rate of 0.0002"
+    assert _describe_optimizer(make_cfg()) == "AdamW at a learning rate of 0.0002, full fine-tuning"
     chosen = _describe_optimizer(make_cfg("optimizer.lr=null"))
-    assert chosen == "AdamW at a learning rate of 1e-05 (optimizer.lr=null: full fine-tuning)"
+    assert chosen == "AdamW at a learning rate of 1e-05 (optimizer.lr=null), full fine-tuning"
+    adapters = _describe_optimizer(make_cfg("optimizer.lr=null", "train_model.lora.enabled=true"))
+    assert adapters == "AdamW at a learning rate of 0.0001 (optimizer.lr=null), adapters of rank 8"

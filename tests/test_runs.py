@@ -1,4 +1,4 @@
-"""Whole runs of the synchronous script, as a user starts them: real vLLM, real Ray, real TorchRL, W&B offline."""
+"""Whole runs of the synchronous script, as a user starts them: real engines, real Ray, real TorchRL, W&B offline."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import signal
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from whole_runs import REPO, SHORT, Run, shown, without_times
+from whole_runs import LIGHT, REPO, SHORT, Run, shown, without_times
 
 GSM8K = REPO.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def learned(tmp_path_factory, warm_tiny_model):
     return Run(folder / "run", "train.total_dialog_turns=1024", "eval.frequency=2", cwd=folder).wait()
 
 
+@pytest.mark.vllm
 def test_the_tiny_model_learns(learned):
     assert learned.process.returncode == 0, learned.output
     summary = learned.summary
@@ -33,6 +34,7 @@ def test_the_tiny_model_learns(learned):
     assert after["reward"] > before["reward"]
 
 
+@pytest.mark.vllm
 def test_the_run_directory_keeps_its_contract(learned):
     run_dir, summary = learned.dir, learned.summary
     for name in ("run.log", "samples.jsonl", "report.html", ".hydra/config.yaml", "last/config.json"):
@@ -48,9 +50,9 @@ def test_the_run_directory_keeps_its_contract(learned):
     assert summary["max_probe_logprob_diff"] < 1e-3
     assert summary["seconds_to_first_optimizer_step"] < summary["seconds"]
     assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
-    assert not learned.weights_left()
 
 
+@pytest.mark.vllm
 def test_metrics_have_the_published_names(learned):
     names = {name for line in learned.metrics for name in line}
     assert names >= {
@@ -69,6 +71,7 @@ def test_metrics_have_the_published_names(learned):
     assert shown(learned.metrics, "train/kl_to_ref")[0] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.vllm
 def test_samples_show_what_was_kept(learned):
     samples = [json.loads(line) for line in (learned.dir / "samples.jsonl").read_text().splitlines()]
     trained = [sample for sample in samples if sample["split"] == "train"]
@@ -83,6 +86,7 @@ def test_samples_show_what_was_kept(learned):
     )
 
 
+@pytest.mark.vllm
 def test_the_last_model_is_an_ordinary_hugging_face_folder(learned):
     model = AutoModelForCausalLM.from_pretrained(learned.dir / "last")
     tokenizer = AutoTokenizer.from_pretrained(learned.dir / "last")
@@ -92,10 +96,12 @@ def test_the_last_model_is_an_ordinary_hugging_face_folder(learned):
     assert tokenizer.chat_template
 
 
+@pytest.mark.vllm
 def test_nothing_is_left_running(learned):
     assert learned.processes_left() == []
 
 
+@pytest.mark.vllm
 def test_the_screen_shows_the_run_and_not_the_libraries(learned):
     assert "256 turns / 8 repeats = 32 groups" in learned.output
     assert "evaluation after" in learned.output
@@ -105,6 +111,7 @@ def test_the_screen_shows_the_run_and_not_the_libraries(learned):
         assert noise not in learned.output
 
 
+@pytest.mark.vllm
 def test_one_seed_gives_one_run(learned, tmp_path):
     again = Run(tmp_path / "run", "train.total_dialog_turns=1024", "eval.frequency=2").wait()
     assert again.process.returncode == 0, again.output
@@ -116,6 +123,7 @@ def test_one_seed_gives_one_run(learned, tmp_path):
 def test_real_questions_run_log_checkpoint_and_end(tmp_path):
     run = Run(
         tmp_path / "run",
+        *LIGHT,
         "env.dataset=gsm8k",
         f"env.dataset_path={GSM8K}",
         "train.total_dialog_turns=64",
@@ -137,6 +145,7 @@ def test_real_questions_train_where_a_reward_separates_responses(tmp_path):
     reward.write_text("def spread(problems, responses):\n    return [float(len(set(text))) for text in responses]\n")
     run = Run(
         tmp_path / "run",
+        *LIGHT,
         "env.dataset=gsm8k",
         f"env.dataset_path={GSM8K}",
         f"reward.fn={reward}:spread",
@@ -162,7 +171,7 @@ def test_real_questions_train_where_a_reward_separates_responses(tmp_path):
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, mode):
-    run = Run(tmp_path / "run", *SHORT, "train.total_dialog_turns=100000", script=f"expert-iteration-{mode}.py")
+    run = Run(tmp_path / "run", *SHORT, *LIGHT, "train.total_dialog_turns=100000", script=f"expert-iteration-{mode}.py")
     run.wait_for_line("weights/policy_version")
     os.killpg(run.process.pid, signal.SIGINT)
     run.wait()
@@ -171,13 +180,12 @@ def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, mode):
     assert run.summary["gradient_steps"] > 0
     assert (run.dir / "report.html").exists()
     assert run.processes_left() == []
-    assert not run.weights_left()
 
 
 def test_a_failing_run_says_why_and_leaves_no_process(tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text("def fails(problems, responses):\n    raise ZeroDivisionError('no reward today')\n")
-    run = Run(tmp_path / "run", *SHORT, f"reward.fn={reward}:fails").wait()
+    run = Run(tmp_path / "run", *SHORT, *LIGHT, f"reward.fn={reward}:fails").wait()
     assert run.process.returncode == 1
     assert "no reward today" in run.output
     assert run.summary["status"] == "failed"

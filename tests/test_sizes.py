@@ -16,6 +16,7 @@ from expert_iteration.sizes import (
     describe_sizes,
     due_gradient_steps,
     optimizer_steps_of_batch,
+    responses_per_gradient_step,
 )
 
 
@@ -70,6 +71,28 @@ def test_total_optimizer_steps_are_the_steps_of_an_asynchronous_run():
     got = sizes(mode="async", total_optimizer_steps=100, gradient_accumulation_steps=3)
     assert (got.max_gradient_steps, got.max_optimizer_steps) == (300, 100)
     assert sizes(total_optimizer_steps=100).max_optimizer_steps == 128  # no meaning in sync mode
+
+
+@cache
+def on_devices(num_devices: int, mode: str = "sync") -> Config:
+    cfg = changed(mode=mode)
+    cfg.train_model = replace(cfg.train_model, num_devices=num_devices)
+    return cfg
+
+
+def test_a_gradient_step_is_a_micro_batch_on_each_training_device():
+    assert [responses_per_gradient_step(on_devices(ranks)) for ranks in (1, 2, 3)] == [16, 32, 48]
+    # 64 kept in steps of 32, of 48 (the second is smaller), of 80 (the only one is smaller), twice over in 16 batches
+    assert [derive_sizes(on_devices(ranks)).max_gradient_steps for ranks in (2, 3, 5)] == [64, 64, 32]
+    assert [optimizer_steps_of_batch(on_devices(2), kept) for kept in (0, 1, 32, 33)] == [0, 2, 2, 4]
+    assert any("64 responses / 32 a gradient step" in line for line in describe_sizes(sizes(), on_devices(2)))
+
+
+def test_owed_steps_count_the_responses_of_all_training_devices():
+    cfg = on_devices(2, "async")
+    assert derive_sizes(cfg).max_gradient_steps == 16 * 64 * 2 // 32
+    assert due_gradient_steps(cfg, 64, progress=0.5) == 4
+    assert [due_gradient_steps(cfg, 20, progress) for progress in (0.5, 1.0)] == [1, 2]  # 40 draws
 
 
 def test_a_partial_accumulation_is_stepped_at_the_end_of_each_batch():
@@ -143,7 +166,7 @@ def test_growth_is_described():
     cfg = deepcopy(loaded("ei_tiny", "sync"))
     cfg.train = replace(cfg.train, empty_replay_buffer=False, buffer_size=200)
     assert (
-        "64 to 200 responses (the buffer is not emptied) / 16 a micro-batch, 2 epochs, 16 batches -> at most 386 "
+        "64 to 200 responses (the buffer is not emptied) / 16 a gradient step, 2 epochs, 16 batches -> at most 386 "
         "gradient steps; 1 to an optimizer step -> at most 386"
     ) in describe_sizes(derive_sizes(cfg), cfg)
 
@@ -158,7 +181,7 @@ def test_sizes_are_described_with_their_arithmetic():
         "256 turns / 8 repeats = 32 groups; 2 kept each -> at most 64 responses a batch",
         "4096 turns / 256 = 16 batches",
         "engine: 256 turns / 256 asked at once = 1 calls a batch",
-        "64 responses / 16 a micro-batch, 2 epochs, 16 batches -> at most 128 gradient steps; "
+        "64 responses / 16 a gradient step, 2 epochs, 16 batches -> at most 128 gradient steps; "
         "1 to an optimizer step -> at most 128",
         "buffer: 64 responses",
     ]
@@ -231,12 +254,12 @@ def described(**train: int) -> list[str]:
 
 def test_asynchronous_sizes_are_described_with_their_arithmetic():
     assert described() == [
-        "at most 64 kept a batch x 16 batches x 2 epochs / 16 a micro-batch -> at most 128 gradient steps; "
+        "at most 64 kept a batch x 16 batches x 2 epochs / 16 a gradient step -> at most 128 gradient steps; "
         "1 to an optimizer step -> at most 128",
         "buffer: 256 responses, the oldest make room",
     ]
     assert described(total_optimizer_steps=50, gradient_accumulation_steps=4, max_ahead=70) == [
-        "50 optimizer steps x 4 = 200 gradient steps; x 16 a micro-batch / (at most 64 kept a batch x 16 batches) -> "
+        "50 optimizer steps x 4 = 200 gradient steps; x 16 each / (at most 64 kept a batch x 16 batches) -> "
         "at least 3.12 epochs",
         "buffer: 256 responses, the oldest make room",
         "collection: at most 64 groups = 2 batches ahead of training",

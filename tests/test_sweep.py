@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from whole_runs import SHORT, Run, without_times
+from whole_runs import LIGHT, SHORT, Run, without_times
 
 from expert_iteration.cli import launch
 from expert_iteration.errors import UserError
@@ -250,7 +250,7 @@ def test_a_failed_job_holds_nothing_that_the_next_needs(here):
 
 
 def start_sweep(sweep_dir, *overrides):
-    return Run(sweep_dir / "0", *SHORT, "--multirun", f"hydra.sweep.dir={sweep_dir}", *overrides)
+    return Run(sweep_dir / "0", *SHORT, *LIGHT, "--multirun", f"hydra.sweep.dir={sweep_dir}", *overrides)
 
 
 def wait_for_rows(sweep, sweep_dir, count):
@@ -263,7 +263,6 @@ def wait_for_rows(sweep, sweep_dir, count):
     return seen
 
 
-@pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_a_job_runs_on_a_free_machine_after_one_that_failed_in_the_middle(tmp_path, warm_tiny_model):
     reward = tmp_path / "reward.py"
@@ -293,7 +292,6 @@ def test_a_job_runs_on_a_free_machine_after_one_that_failed_in_the_middle(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.vllm
 @pytest.mark.timeout(1200)
 def test_a_sweep_over_selection_and_penalty_gives_the_runs_it_is_made_of(tmp_path, warm_tiny_model):
     sweep_dir = tmp_path / "sweep"
@@ -309,13 +307,12 @@ def test_a_sweep_over_selection_and_penalty_gives_the_runs_it_is_made_of(tmp_pat
     metrics = [without_times(read_jsonl(sweep_dir / str(job) / "metrics.jsonl")) for job in range(4)]
     assert all(metrics[job] != metrics[other] for job in range(4) for other in range(job))
     # The last job is what the same command gives alone: nothing of the first three has reached it.
-    alone = Run(tmp_path / "alone", *SHORT, "train.topk_size=2", "train.kl_to_ref_coeff=0.5").wait()
+    alone = Run(tmp_path / "alone", *SHORT, *LIGHT, "train.topk_size=2", "train.kl_to_ref_coeff=0.5").wait()
     assert without_times(alone.metrics) == metrics[3]
     assert sweep.processes_left() == []
 
 
 @pytest.mark.slow
-@pytest.mark.vllm
 @pytest.mark.timeout(600)
 def test_ctrl_c_in_a_later_job_ends_the_sweep_with_its_table(tmp_path, warm_tiny_model):
     sweep_dir = tmp_path / "sweep"

@@ -14,6 +14,8 @@ import psutil
 REPO = Path(__file__).resolve().parent.parent
 # As little as shows that everything works: one batch.
 SHORT = ("train.total_dialog_turns=256", "eval.num_prompts=20", "eval.frequency=0", "logging.backend=none")
+# The engine that starts fastest; for what does not depend on which it is.
+LIGHT = ("inference_model.backend=transformers",)
 # Wall-clock figures, which no two runs share.
 TIMES = ("_seconds", "_per_second")
 
@@ -30,7 +32,6 @@ class Run:
 
     def __init__(self, run_dir, *overrides, script="expert-iteration-sync.py", cwd=None):
         self.dir = Path(run_dir)
-        self._shared_memory_before = shared_memory()
         self._mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [
@@ -65,10 +66,6 @@ class Run:
             assert self.process.poll() is None, self.process.communicate()[0]
             time.sleep(0.2)
 
-    def weights_left(self):
-        """Weights in flight that were left in shared memory."""
-        return shared_memory() - self._shared_memory_before
-
     @property
     def summary(self):
         """The content of summary.json."""
@@ -95,11 +92,6 @@ class Run:
             return process.environ().get("EXPERT_ITERATION_TEST") == self._mark
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             return False
-
-
-def shared_memory():
-    """What runs have in shared memory now."""
-    return set(Path("/dev/shm").glob("expert-iteration-*"))
 
 
 def without_times(lines):

@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ei_utils
 from expert_iteration.cli import compose_config
 from expert_iteration.collector import ExpertCollector
-from expert_iteration.engine import Sampling, VLLMEngine
+from expert_iteration.engine import Sampling
 from expert_iteration.models import model_path
 from expert_iteration.policy import EnginePolicy
 from expert_iteration.resolve import resolve_config
 from expert_iteration.selection import TopKRewardSelector
 from expert_iteration.tasks import load_task
+from expert_iteration.vllm_engine import VLLMEngine
 
 
 class TimedEngine(VLLMEngine):

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MICRO_BATCH, TOPK, GROUPS, REPEATS = 16, 2, 32, 8
 REWARD = "def spread(problems, responses):\n    return [index % 8 + 1.0 for index in range(len(responses))]\n"
 # By the names that Ray gives to its processes.
-CORES = {"ray::VLLMEngine": 0, "ray::CollectorActor": 0, "ray::ReferenceActor": 0, "ray::train_process": 1}
+CORES = {"ray::EngineActor": 0, "ray::CollectorActor": 0, "ray::ReferenceActor": 0, "ray::train_process": 1}
 
 
 def main() -> None:
