@@ -19,7 +19,7 @@ import torch
 from ray.util.queue import Empty, Full
 
 from expert_iteration import timeline
-from expert_iteration.accelerators import memory_sizes
+from expert_iteration.accelerators import own_memory_sizes
 from expert_iteration.actors import (
     BackgroundCollector,
     CollectorActor,
@@ -27,7 +27,7 @@ from expert_iteration.actors import (
     ReferenceActor,
     ReferenceClient,
 )
-from expert_iteration.cluster import given, start_actor
+from expert_iteration.cluster import start_actor
 from expert_iteration.config import Config, InferenceBackend, Parallel, Selection, learning_rate, num_references
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation, parallel_kind
 from expert_iteration.engine import Engine, Sampling
@@ -35,7 +35,7 @@ from expert_iteration.engine_client import CONCURRENCY_GROUPS, EngineActor, Engi
 from expert_iteration.engine_memory import engine_cache_bytes, engine_memory_share
 from expert_iteration.model_shape import read_model_shape
 from expert_iteration.models import load_model, load_tokenizer, model_path
-from expert_iteration.places import Places
+from expert_iteration.places import Places, given
 from expert_iteration.remote import Waiting
 from expert_iteration.run_directory import log_file, process_name, timeline_file
 from expert_iteration.schedule import KLSchedule, create_cosine_scheduler_with_warmup, make_scheduler
@@ -270,7 +270,7 @@ def make_engine(cfg: Config, allocation: DeviceAllocation) -> Engine:
     from expert_iteration.receiving_engine import ReceivingVLLMEngine
     from expert_iteration.vllm_engine import VLLMEngine
 
-    shape, sizes, way = read_model_shape(path, trust), memory_sizes(cfg), choose_way(cfg, allocation)
+    shape, sizes, way = read_model_shape(path, trust), own_memory_sizes(), choose_way(cfg, allocation)
     is_sent_to = way is not Way.object_store
     return (ReceivingVLLMEngine if is_sent_to else VLLMEngine)(
         path,

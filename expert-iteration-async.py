@@ -1,6 +1,6 @@
 """Asynchronous expert iteration: collect in the background, train on what the buffer holds, push weights now and then.
 
-    python expert-iteration-async.py mode=async                         # GSM8K, three GPUs
+    python expert-iteration-async.py mode=async                         # GSM8K, one or two GPUs
     python expert-iteration-async.py mode=async --config-name ei_tiny   # a tiny model, on a CPU
 
 Unlike the synchronous script, the engine generates while the policy is trained, so responses were made by a policy that

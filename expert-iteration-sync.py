@@ -1,6 +1,6 @@
 """Synchronous expert iteration: collect a batch, keep the best, imitate them, push the weights, collect the next.
 
-    python expert-iteration-sync.py mode=sync                           # GSM8K, three GPUs
+    python expert-iteration-sync.py mode=sync                           # GSM8K, one or two GPUs
     python expert-iteration-sync.py mode=sync --config-name ei_tiny     # a tiny model, on a CPU
 
 Unlike the textbook's, the policy goes on from where it stands after each batch, not from the start model; a KL penalty

@@ -7,20 +7,24 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from expert_iteration.config import Config
+from expert_iteration.config import Config, is_local
 
 
 class MemorySizes(NamedTuple):
-    """Bytes of this host's memory, and of each accelerator's; None: unknown, as in a cluster."""
+    """Bytes of a host's memory, and of each accelerator's; None: unknown, as in a cluster."""
 
-    host: int
+    host: int | None
     accelerators: list[int] | None
 
 
 def memory_sizes(cfg: Config) -> MemorySizes:
-    """The memory of this machine; the accelerators of a Ray cluster may be elsewhere, and nothing is said of them."""
-    is_local = cfg.ray.init_config.get("address") is None
-    return MemorySizes(psutil.virtual_memory().total, accelerator_memory() if is_local else None)
+    """The memory that the run's models have, as far as the driver knows: those of a Ray cluster may be elsewhere."""
+    return own_memory_sizes() if is_local(cfg) else MemorySizes(None, None)
+
+
+def own_memory_sizes() -> MemorySizes:
+    """The memory of the host on which this process is, and of the accelerators that it may use."""
+    return MemorySizes(psutil.virtual_memory().total, accelerator_memory())
 
 
 def count_accelerators(environ: Mapping[str, str] = os.environ) -> int:

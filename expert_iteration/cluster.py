@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import ray
 
-from expert_iteration.config import Config
+from expert_iteration.config import Config, is_local
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.errors import UserError
-from expert_iteration.places import Places, check_hosts, reserve
+from expert_iteration.places import Places, check_hosts, given, reserve
 
 EXIT_SECONDS = 1.0
 KNOCK_SECONDS = 10.0
@@ -88,13 +88,12 @@ def start_ray(cfg: Config) -> DeviceAllocation:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without an address Ray would join whatever it finds, for instance a colleague's cluster on the same machine.
     options = {"address": "local"} | given(cfg.ray.init_config)
-    is_local = options["address"] == "local"
-    ours = _code_on_this_host() if is_local else _code_that_travels()
+    ours = _code_on_this_host() if is_local(cfg) else _code_that_travels()
     theirs = options.get("runtime_env", {})
     env_vars = ours.pop("env_vars", {}) | theirs.get("env_vars", {})
     options["runtime_env"] = ours | theirs | {"env_vars": env_vars}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if is_local:
+    if is_local(cfg):
         quiet["include_dashboard"] = False
     try:
         _knock(options["address"])
@@ -119,7 +118,7 @@ def _knock(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     if port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
 
 
 def _code_on_this_host() -> dict[str, Any]:
@@ -160,11 +159,6 @@ def check_resources(cfg: Config, allocation: DeviceAllocation, available: dict[s
                 f"({listed}): lower the numbers in the ray section (null reserves none), or join a larger "
                 "cluster with ray.init_config.address."
             )
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are set; null means that Ray's or our default holds."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def start_actor(actor_class: type, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

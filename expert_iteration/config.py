@@ -472,6 +472,11 @@ def num_references(cfg: Config) -> int:
     return 0 if cfg.train_model.lora.enabled else 1
 
 
+def is_local(cfg: Config) -> bool:
+    """Whether the run has this machine to itself. Only Ray knows what the machines of a cluster have."""
+    return cfg.ray.init_config.get("address") in (None, "local")
+
+
 def register_schema() -> None:
     """Makes the schema known to Hydra under the name that `config/base.yaml` lists first in its defaults."""
     ConfigStore.instance().store(name=SCHEMA_NAME, node=Config)

@@ -3,7 +3,7 @@
 from typing import TypedDict
 
 from expert_iteration.accelerators import count_accelerators
-from expert_iteration.config import Config, Device, InferenceBackend, Parallel, Placement, num_references
+from expert_iteration.config import Config, Device, InferenceBackend, Parallel, Placement, is_local, num_references
 from expert_iteration.errors import UserError
 
 # Ray counts resources in steps of 1 / 10,000.
@@ -107,7 +107,7 @@ def check_devices(cfg: Config) -> None:
     Raises:
         UserError: as `compute_device_allocation`.
     """
-    if cfg.ray.init_config.get("address") is None:
+    if is_local(cfg):
         compute_device_allocation(cfg, count_accelerators())
 
 

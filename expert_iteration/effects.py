@@ -18,6 +18,7 @@ from expert_iteration.config import (
     LossFunction,
     OptimizerName,
     Selection,
+    is_local,
     num_references,
 )
 from expert_iteration.config import SchedulerType as Shape
@@ -47,16 +48,11 @@ def settings_without_effect(cfg: Config, given: Collection[str]) -> list[str]:
 
 
 def _on_accelerators(cfg: Config) -> bool:
-    return cfg.device is Device.cuda or (cfg.device is Device.auto and _is_local(cfg) and count_accelerators() > 0)
+    return cfg.device is Device.cuda or (cfg.device is Device.auto and is_local(cfg) and count_accelerators() > 0)
 
 
 def _on_cpu(cfg: Config) -> bool:
-    return cfg.device is Device.cpu or (cfg.device is Device.auto and _is_local(cfg) and count_accelerators() == 0)
-
-
-def _is_local(cfg: Config) -> bool:
-    """Only Ray knows what the machines of a cluster have."""
-    return cfg.ray.init_config.get("address") is None
+    return cfg.device is Device.cpu or (cfg.device is Device.auto and is_local(cfg) and count_accelerators() == 0)
 
 
 def _is_emptied_buffer(cfg: Config) -> bool:

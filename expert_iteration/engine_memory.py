@@ -51,8 +51,8 @@ def engine_memory(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, 
 def engine_memory_share(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: MemorySizes) -> float:
     """What vLLM is given as `gpu_memory_utilization`.
 
-    As configured, and on a shared accelerator no more than the other models leave: what they hold all the time where
-    the engine sleeps while they work, else also what they need for their work. Never less than the engine needs.
+    As configured, and on a shared accelerator no more than the other models leave (`memory_beside_engine`). Never less
+    than the engine needs.
     """
     configured = cfg.inference_model.gpu_memory_utilization
     if not _must_share(cfg, allocation) or not sizes.accelerators:
@@ -60,10 +60,19 @@ def engine_memory_share(cfg: Config, allocation: DeviceAllocation, shape: ModelS
     others = [training_memory(cfg, allocation, shape)]
     if num_references(cfg):
         others.append(reference_memory(cfg, allocation, shape))
-    taken = sum(other.certain if allocation["sleeps"] else other.expected for other in others)
+    taken = memory_beside_engine(others, allocation["sleeps"])
     size = min(sizes.accelerators)
     room = max((1 - SHARED_MARGIN) * size - taken - PROCESS, least_engine_memory(cfg, shape) + ENGINE_WORK)
     return min(configured, math.floor(1000 * room / size) / 1000)
+
+
+def memory_beside_engine(others: list[ModelMemory], sleeps: bool) -> float:
+    """Bytes that the other models on the engine's accelerator take while it is awake.
+
+    An engine that sleeps while the trainer works leaves to it only what it holds all the time. A reference of its own
+    works while the engine is awake: the collector has it score a batch before the trainer takes its turn.
+    """
+    return sum(other.certain if sleeps and other.kind == "train" else other.expected for other in others)
 
 
 def engine_cache_bytes(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: MemorySizes) -> int | None:
@@ -114,8 +123,7 @@ def _cache_bytes(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, s
 def _cache(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: MemorySizes) -> Term:
     if sizes.accelerators:
         return _describe_cache(cfg, shape, _cache_bytes(cfg, allocation, shape, sizes))
-    least = _least_cache(cfg, shape)
-    return Term(f"cache of at least {in_gib(least)}", least, least)
+    return _cache_of_unknown_size(cfg, shape)
 
 
 def _cache_on_cpu(cfg: Config, shape: ModelShape, sizes: MemorySizes) -> Term:
@@ -123,8 +131,15 @@ def _cache_on_cpu(cfg: Config, shape: ModelShape, sizes: MemorySizes) -> Term:
     gib = cfg.inference_model.kv_cache_gib
     if gib is not None:
         return _describe_cache(cfg, shape, gib * GIB)._replace(certain=gib * GIB)
+    if sizes.host is None:
+        return _cache_of_unknown_size(cfg, shape)
     budget = cfg.inference_model.gpu_memory_utilization * sizes.host
     return _describe_cache(cfg, shape, max(_least_cache(cfg, shape), budget - _weights(cfg, shape)))
+
+
+def _cache_of_unknown_size(cfg: Config, shape: ModelShape) -> Term:
+    least = _least_cache(cfg, shape)
+    return Term(f"cache of at least {in_gib(least)}", least, least)
 
 
 def _describe_cache(cfg: Config, shape: ModelShape, num_bytes: float) -> Term:

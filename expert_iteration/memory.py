@@ -9,7 +9,13 @@ from typing import NamedTuple
 from expert_iteration.accelerators import MemorySizes
 from expert_iteration.config import Config, InferenceBackend, num_references
 from expert_iteration.devices import DeviceAllocation, device_counts
-from expert_iteration.engine_memory import ENGINE_WORK, engine_memory, engine_memory_share, least_engine_memory
+from expert_iteration.engine_memory import (
+    ENGINE_WORK,
+    engine_memory,
+    engine_memory_share,
+    least_engine_memory,
+    memory_beside_engine,
+)
 from expert_iteration.errors import UserError
 from expert_iteration.memory_terms import (
     BYTES,
@@ -23,6 +29,7 @@ from expert_iteration.model_shape import ModelShape
 from expert_iteration.trainer_memory import reference_memory, training_memory
 
 HOST = "this host"
+CLUSTER = "the cluster's hosts"
 # On the CPU, beside the models' processes: the driver, the collector, the buffer, and Ray itself.
 OTHER_PROCESSES = 4
 # Of the weights of a push, on the host: what the trainer packs, and what Ray hands to the engines.
@@ -78,8 +85,10 @@ def check_memory(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, s
         Notes on what was lowered to fit, and on what fits only if the estimates are too high.
 
     Raises:
-        UserError: weights, gradients, optimizer and the least cache exceed what there is.
+        UserError: weights, gradients, optimizer and the least cache exceed what there is; or the engine's devices do
+            not divide the attention heads.
     """
+    _check_shards(cfg, shape)
     _check_share(cfg, allocation, shape, sizes)
     notes = _note_share(cfg, allocation, shape, sizes)
     for load in _loads(cfg, allocation, shape, sizes):
@@ -108,7 +117,8 @@ def _loads(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: 
         packed = PACKED_COPIES * _packed_bytes(cfg, shape)
         expected = packed + OTHER_PROCESSES * PROCESS + sum(model.places * model.expected for model in models)
         certain = packed + sum(model.places * model.certain for model in models)
-        return [_Load(HOST, models, sizes.host, expected, certain)]
+        place = CLUSTER if sizes.host is None else HOST
+        return [_Load(place, models, sizes.host, expected, certain)]
     # Which of the machine's accelerators a model gets, Ray decides: the smallest must do.
     size = min(sizes.accelerators) if sizes.accelerators else None
     loads: dict[tuple[str, ...], _Load] = {}
@@ -125,7 +135,7 @@ def _peak(models: list[ModelMemory], sleeps: bool) -> float:
     if not sleeps:
         return sum(model.expected for model in models)
     engine, *others = models
-    awake = engine.expected + sum(model.certain for model in others)
+    awake = engine.expected + memory_beside_engine(others, sleeps)
     return max(awake, PROCESS + ENGINE_WORK + sum(model.expected for model in others))
 
 
@@ -142,6 +152,18 @@ def _place(model: ModelMemory) -> str:
 
 def _of(size: int | None) -> str:
     return "" if size is None else f" of {in_gib(size)}"
+
+
+def _check_shards(cfg: Config, shape: ModelShape) -> None:
+    """vLLM gives each of an engine's devices as many attention heads, and refuses only in the engine's process."""
+    shards = cfg.inference_model.num_devices
+    if cfg.inference_model.backend is InferenceBackend.vllm and shape.heads % shards:
+        fitting = [number for number in range(1, shape.heads + 1) if shape.heads % number == 0]
+        raise UserError(
+            f"inference_model.num_devices ({shards}) must divide the {shape.heads} attention heads of model.name "
+            f"({cfg.model.name}), which vLLM shares out: choose one of {', '.join(map(str, fitting))}; "
+            "inference_model.num_replicas gives more engines."
+        )
 
 
 def _check_share(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: MemorySizes) -> None:

@@ -20,6 +20,7 @@ class ModelShape:
         widest: the most inputs or outputs that one of them has.
         layers: decoder layers.
         hidden: width of the hidden states.
+        heads: attention heads, which the devices of an engine share out.
         kv_heads: heads whose keys and values are cached.
         head_dim: width of a head.
         vocab: words that the head scores.
@@ -33,6 +34,7 @@ class ModelShape:
     widest: int
     layers: int
     hidden: int
+    heads: int
     kv_heads: int
     head_dim: int
     vocab: int
@@ -76,10 +78,19 @@ def shape_of(config: PretrainedConfig, trust_remote_code: bool = False) -> Model
         widest=max(max(weight.shape) for weight in linears),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
+        heads=heads,
         # Families leave out what follows from the rest.
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab=text.vocab_size,
         context=text.max_position_embeddings,
-        window=min(text.max_position_embeddings, getattr(text, "sliding_window", None) or text.max_position_embeddings),
+        window=_window(text),
     )
+
+
+def _window(text: PretrainedConfig) -> int:
+    """The sliding window where every layer has one; families that mix layers say of each what it attends to."""
+    window = getattr(text, "sliding_window", None)
+    if window is None or "full_attention" in (getattr(text, "layer_types", None) or ()):
+        return text.max_position_embeddings
+    return min(text.max_position_embeddings, window)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
@@ -31,11 +31,13 @@ class Places:
         allocation: which model has which accelerators.
         threads: CPU threads of a process of each kind.
         group: the reserved accelerators; None without any.
+        training_task: further options of rank 0, the user's (`ray.train_handler_config`).
     """
 
     allocation: DeviceAllocation
     threads: dict[Kind, int]
     group: PlacementGroup | None
+    training_task: dict[str, Any] = field(default_factory=dict)
 
     def engine(self, index: int) -> dict[str, Any]:
         """Options of engine `index`."""
@@ -47,7 +49,12 @@ class Places:
 
     def trainer(self, rank: int) -> dict[str, Any]:
         """Options of training rank `rank`."""
-        return self._options("train", rank)
+        options = self._options("train", rank)
+        if rank > 0:
+            return options
+        theirs = self.training_task.get("runtime_env", {})
+        env_vars = options["runtime_env"]["env_vars"] | theirs.get("env_vars", {})
+        return options | self.training_task | {"runtime_env": theirs | {"env_vars": env_vars}}
 
     def _options(self, kind: Kind, index: int) -> dict[str, Any]:
         # The threads by a variable, because torch's own setting holds for one thread only and Ray runs an actor's
@@ -74,16 +81,27 @@ def reserve(cfg: Config, allocation: DeviceAllocation) -> Places:
     """
     wanted = bundles(allocation)
     group = None
+    task = given(cfg.ray.train_handler_config)
     if wanted:
-        group = placement_group([{"GPU": len(devices)} for devices in wanted], strategy="PACK")
+        resources: list[dict[str, float]] = [{"GPU": len(devices)} for devices in wanted]
+        # Whatever rank 0 asks for must lie in its bundle.
+        own = resources[wanted.index(processes(allocation)["train"][0])]
+        own.update({"CPU": task["num_cpus"]} if task.get("num_cpus") else {}, **task.get("resources", {}))
+        group = placement_group(resources, strategy="PACK")
         if not group.wait(RESERVE_SECONDS):
             remove_placement_group(group)
             raise UserError(
                 f"Ray could not reserve {_describe(wanted)} within {RESERVE_SECONDS:g} s: of "
                 f"{ray.cluster_resources().get('GPU', 0):g} accelerators {ray.available_resources().get('GPU', 0):g} "
-                "are free. Wait for the other runs, or ask for fewer (*.num_devices, inference_model.num_replicas)."
+                "are free, and those of one engine must be on one host. Wait for the other runs, or ask for fewer "
+                "(*.num_devices, inference_model.num_replicas, ray.train_handler_config)."
             )
-    return Places(allocation, default_threads(cfg), group)
+    return Places(allocation, default_threads(cfg), group, task)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are set; null means that Ray's or our default holds."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def processes(allocation: DeviceAllocation) -> dict[Kind, list[tuple[int, ...]]]:
@@ -121,12 +139,12 @@ def default_threads(cfg: Config) -> dict[Kind, int]:
     Processes of a kind work at once; so do engine and trainer, unless they take turns. Threads of two models on the
     same cores wait for each other in the middle of their matrix products.
     """
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))  # not all of the host's, where a scheduler gave this process some
     take_turns = cfg.train.sync and cfg.train.sync_iter
     available = cores if take_turns else max(1, cores // 2)
     counts: dict[Kind, int] = {
         "train": cfg.train_model.num_devices,
-        "inference": cfg.inference_model.num_replicas * cfg.inference_model.num_devices,
+        "inference": cfg.inference_model.num_replicas,  # whose shards share what their engine has
         "reference": num_references(cfg),
     }
     given: dict[Kind, int | None] = {

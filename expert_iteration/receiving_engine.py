@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +53,7 @@ class Meeting:
             ended = self._changed.wait_for(lambda: self._loading is None, timeout)
             self._loading = None
             if self._failure is not None:
-                raise RuntimeError(f"The trainer could not send weights version {version}: {self._failure}")
+                raise RuntimeError(f"Weights version {version} did not arrive: {self._failure}")
             if not ended:
                 raise TimeoutError(self._explain(version, timeout))
 
@@ -132,7 +134,7 @@ class Receiving(Engine):
 
     def transfer_failed(self, failure: str) -> None:
         """The trainer could not send what the engine is ready for."""
-        self._meeting.end(failure)
+        self._meeting.end(f"the trainer could not send them: {failure}")
 
     def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
         """Meet the trainer for the first time; no generation runs meanwhile."""
@@ -142,16 +144,28 @@ class Receiving(Engine):
     def start_weight_update(self) -> None:
         """First step of a transfer; the thread that is ready for it holds the gate."""
         self._meeting.begin()
-        self._llm.start_weight_update()
+        with self._telling_of_failure():
+            self._llm.start_weight_update()
 
     def update_weights(self, request: dict[str, Any]) -> None:
         """Second step, once for each part of the weights."""
-        self._llm.update_weights(request)
+        with self._telling_of_failure():
+            self._llm.update_weights(request)
 
     def finish_weight_update(self) -> None:
         """Last step."""
-        self._llm.finish_weight_update()
+        with self._telling_of_failure():
+            self._llm.finish_weight_update()
         self._meeting.end()
+
+    @contextmanager
+    def _telling_of_failure(self) -> Iterator[None]:
+        """Release the thread that waits for the weights at once: over NCCL the sender may never hear of the error."""
+        try:
+            yield
+        except Exception as error:
+            self._meeting.end(f"the engine could not receive them: {error!r}")
+            raise
 
 
 class ReceivingVLLMEngine(Receiving, VLLMEngine):

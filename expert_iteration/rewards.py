@@ -118,12 +118,12 @@ def load_reward_fn(spec: str) -> RewardFn:
 
 
 class _UserReward:
-    def __init__(self, spec: str, source: str | None) -> None:
+    def __init__(self, spec: str, source: bytes | None) -> None:
         self._spec = spec
         self._source = source
         self._function = _find_function(spec, source)
 
-    def __reduce__(self) -> tuple[type["_UserReward"], tuple[str, str | None]]:
+    def __reduce__(self) -> tuple[type["_UserReward"], tuple[str, bytes | None]]:
         return _UserReward, (self._spec, self._source)
 
     def __call__(self, problems: Sequence["Problem"], responses: Sequence[str]) -> list[float]:
@@ -139,14 +139,14 @@ class _UserReward:
         return values
 
 
-def _read_source(spec: str, path: Path) -> str:
+def _read_source(spec: str, path: Path) -> bytes:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise UserError(f"reward.fn={spec}: there is no file {path}: correct the path, or make it absolute.")
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes()
 
 
-def _find_function(spec: str, source: str | None) -> Callable[..., Any]:
+def _find_function(spec: str, source: bytes | None) -> Callable[..., Any]:
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise UserError(
@@ -174,7 +174,7 @@ def _module_by_name(spec: str, name: str) -> ModuleType:
         ) from error
 
 
-def _module_from_source(path: Path, source: str) -> ModuleType:
+def _module_from_source(path: Path, source: bytes) -> ModuleType:
     path = path.expanduser().resolve()
     name = f"reward_fn_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     module = ModuleType(name)

@@ -15,7 +15,7 @@ from typing import Any
 
 from expert_iteration import timeline
 from expert_iteration.accelerators import memory_sizes
-from expert_iteration.cluster import given, ray_running
+from expert_iteration.cluster import ray_running
 from expert_iteration.config import Config, learning_rate
 from expert_iteration.devices import DeviceAllocation
 from expert_iteration.errors import UserError
@@ -69,7 +69,7 @@ def _run_on_ray(cfg: Config, train: Train, task: Task, run_dir: Path, screen: Sc
         queue = Queue(actor_options={"num_cpus": 0})
         # One call, after which the process exits by itself; Ray would kill it, before what it registered for its exit.
         remote = ray.remote(max_retries=0, max_calls=1)(train_process)
-        process = remote.options(**places.trainer(0) | given(cfg.ray.train_handler_config))
+        process = remote.options(**places.trainer(0))
         _follow(process.remote(cfg, train, task, run_dir, places, RemoteScreen(queue), started), queue, screen)
 
 

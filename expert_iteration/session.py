@@ -18,7 +18,7 @@ from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config
 from expert_iteration.places import Places
-from expert_iteration.remote import Waiting
+from expert_iteration.remote import Waiting, get_from
 from expert_iteration.run_directory import SUMMARY_FILE, write_whole
 from expert_iteration.screen import Progress, RemoteScreen
 from expert_iteration.seeds import derive_seed
@@ -58,8 +58,8 @@ class Session:
         self._ranks = ei_utils.start_ranks(cfg, places, run_dir)
         log_queue = Queue(LOG_QUEUE_SIZE, actor_options={"num_cpus": 0})
         collector = ei_utils.start_collector(cfg, task, self._engine, reference, log_queue, run_dir)
-        references = [] if reference is None else list(reference.actors.values())
-        self._actors = [*self._engine.actors, *references, collector]
+        self._references = {} if reference is None else reference.actors
+        self._actors = [*self._engine.actors, *self._references.values(), collector]
         turns = self._engine.turns = Turns(self._engine if places.allocation["sleeps"] else None)
         self._seconds = {"timeit/start/actors_started": self._elapsed()}
 
@@ -125,6 +125,8 @@ class Session:
         self._screen.say("waiting for the engine, which loads the model (logs/engine.log)")
         self._engine.wait_until_ready(self._screen.say)
         self._seconds["timeit/start/engine_ready"] = self._elapsed()
+        for name, actor in self._references.items():
+            get_from(name, actor.__ray_ready__.remote())  # a reference that cannot load says so before anything runs
         self.metrics.log(self._seconds | self.weight_updater.verify_start(self.policy_training), step=0)
 
     def finish(self) -> None:

@@ -27,14 +27,17 @@ KEPT_SHARE = 1.9
 def training_memory(cfg: Config, allocation: DeviceAllocation, shape: ModelShape) -> ModelMemory:
     """What one rank holds: weights, gradients and optimizer in float32, a frozen base under adapters, a micro-batch.
 
-    FSDP shares out all but the micro-batch; under DDP each rank has the whole.
+    FSDP shares out all but the micro-batch; under DDP each rank has the whole. What a micro-batch takes is gone when
+    the optimizer makes its step, so of the two only the larger counts.
     """
     ranks = cfg.train_model.num_devices
     fsdp = parallel_kind(cfg, allocation) is Parallel.fsdp
+    parts = ranks if fsdp else 1
+    micro_batch = [*(_gathered(cfg, shape) if fsdp else _lowered_copies(cfg, shape)), _activations(cfg, shape)]
+    step = _optimizer_step(cfg, allocation, shape, parts)
     terms = [
-        *(_lora_terms if cfg.train_model.lora.enabled else _full_terms)(cfg, shape, ranks if fsdp else 1),
-        *(_gathered(cfg, shape) if fsdp else _lowered_copies(cfg, shape)),
-        _activations(cfg, shape),
+        *(_lora_terms if cfg.train_model.lora.enabled else _full_terms)(cfg, shape, parts),
+        *max(micro_batch, step, key=lambda terms: sum(term.expected for term in terms)),
         process(allocation),
     ]
     return ModelMemory("train", allocation["train_model_devices"], ranks, terms)
@@ -66,6 +69,20 @@ def _trained(cfg: Config, number: int, noun: str, ranks: int) -> Term:
     is_sgd = cfg.optimizer.name is OptimizerName.SGD
     factor = f"(4 weights + 4 gradients{'' if is_sgd else f' + 8 {cfg.optimizer.name}'})"
     return product(number, noun, factor, number * (8 if is_sgd else 16) / ranks, shared(ranks, "ranks"))
+
+
+def _optimizer_step(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, ranks: int) -> list[Term]:
+    """On accelerators torch updates all parameters at once (`foreach`), with one more tensor for each meanwhile.
+
+    Adam and AdamW take the roots of the second means; SGD adds weight decay to a copy of the gradients. It is not
+    certain in the sense of a term: between steps it is not held, and an engine that is awake then may have the room.
+    """
+    is_plain = cfg.optimizer.name is OptimizerName.SGD and cfg.optimizer.weight_decay == 0
+    if is_plain or not allocation["train_model_devices"]:
+        return []
+    number = num_adapter_parameters(cfg, shape) if cfg.train_model.lora.enabled else shape.parameters
+    num_bytes = 4 * number / ranks
+    return [Term(f"a copy in the step of {cfg.optimizer.name} ~{in_gib(num_bytes)}", num_bytes)]
 
 
 def _lowered_copies(cfg: Config, shape: ModelShape) -> list[Term]:

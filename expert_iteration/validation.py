@@ -87,6 +87,7 @@ SHARES = ("inference_model.top_p", "inference_model.gpu_memory_utilization")
 WHY_TEMPERATURE = ": at 0 all responses to a prompt are alike and none is better than another"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SEED_LIMIT = 2**32
+VLLM_MAX_LORA_RANK = 512
 
 
 def mode_belongs_to_script(cfg: Config, mode: str) -> None:
@@ -302,6 +303,57 @@ def tensor_parallelism_needs_vllm(cfg: Config) -> None:
         )
 
 
+def adapters_have_a_rank_that_vllm_serves(cfg: Config) -> None:
+    """vLLM's kernels end there."""
+    rank, is_vllm = cfg.train_model.lora.r, cfg.inference_model.backend is InferenceBackend.vllm
+    if cfg.weight_update.lora_only and is_vllm and rank > VLLM_MAX_LORA_RANK:
+        raise UserError(
+            f"train_model.lora.r ({rank}) is more than vLLM serves ({VLLM_MAX_LORA_RANK}) with "
+            "weight_update.lora_only=true: lower it, or set weight_update.lora_only=false."
+        )
+
+
+def every_engine_gets_a_group(cfg: Config) -> None:
+    """A group is not split over engines."""
+    replicas, num_envs = cfg.inference_model.num_replicas, derive_sizes(cfg).num_envs
+    groups = max(1, num_envs // cfg.env.repeats)
+    if replicas > groups:
+        raise UserError(
+            f"inference_model.num_replicas ({replicas}) is more than the {groups} groups that are asked at once "
+            f"(env.num_envs {num_envs} / env.repeats {cfg.env.repeats}), so some engines would idle: raise "
+            "env.num_envs, or lower inference_model.num_replicas."
+        )
+
+
+def ray_addresses_are_joined_directly(cfg: Config) -> None:
+    """Ray's client protocol has no placement groups of its own process; a cluster's size is not the run's to set."""
+    options = cfg.ray.init_config
+    address = options.get("address")
+    if address is None or address == "local":
+        return
+    if str(address).startswith("ray://"):
+        raise UserError(
+            f"ray.init_config.address ({address}) is Ray's client protocol: start the script on a host of the cluster, "
+            "with ray.init_config.address=auto."
+        )
+    sizes = [name for name in ("num_cpus", "num_gpus") if options.get(name) is not None]
+    if sizes:
+        raise UserError(
+            f"ray.init_config.{sizes[0]} ({options[sizes[0]]}) has no meaning with ray.init_config.address={address}, "
+            "whose hosts have what they have: set it to null."
+        )
+
+
+def training_task_takes_its_own_accelerator(cfg: Config) -> None:
+    """Which it gets follows from the placement."""
+    num_gpus = cfg.ray.train_handler_config.get("num_gpus")
+    if num_gpus is not None:
+        raise UserError(
+            f"ray.train_handler_config.num_gpus ({num_gpus}) has no place here: train_model.num_devices and placement "
+            "decide which accelerators train. Remove it."
+        )
+
+
 def gradient_checkpointing_needs_train_mode(cfg: Config) -> None:
     """Transformers leaves it out in evaluation mode, without a word."""
     if cfg.train_model.eval and cfg.train_model.gradient_checkpointing:
@@ -441,6 +493,10 @@ RULES: tuple[Rule, ...] = (
     quantization_is_on_one_whole_model,
     lora_only_needs_lora,
     tensor_parallelism_needs_vllm,
+    adapters_have_a_rank_that_vllm_serves,
+    every_engine_gets_a_group,
+    ray_addresses_are_joined_directly,
+    training_task_takes_its_own_accelerator,
     gradient_checkpointing_needs_train_mode,
     response_fits_context,
     kv_cache_gib_is_for_cpu,

@@ -137,7 +137,9 @@ class WeightUpdater:
         self._transport.connect(self._weights_of(policy))
         self._start_scores = self._reader.score(policy, self._probe)
         if self._is_quantized and not self._adapters_only:
-            return self.push_weights(policy)
+            metrics = self.push_weights(policy)
+            self.pushes = 0  # it belongs to the start: frequencies count those that follow training
+            return metrics
         answers = self._engine.token_log_probs(self._probe)
         return _greatest(
             self._compare(replica, 0, self._start_scores, scores)

@@ -6,7 +6,13 @@ import psutil
 import pytest
 
 from expert_iteration import accelerators
-from expert_iteration.accelerators import MemorySizes, accelerator_memory, count_accelerators, memory_sizes
+from expert_iteration.accelerators import (
+    MemorySizes,
+    accelerator_memory,
+    count_accelerators,
+    memory_sizes,
+    own_memory_sizes,
+)
 
 GIB = 2**30
 UUID = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
@@ -108,8 +114,9 @@ def test_count_and_memory_agree_with_torch():
     assert len(sizes) == torch.cuda.device_count()
 
 
-def test_of_a_cluster_only_this_host_is_known(make_cfg, monkeypatch):
+def test_of_a_cluster_a_process_knows_its_own_memory_and_the_driver_nothing(make_cfg, monkeypatch):
     monkeypatch.setattr(accelerators, "accelerator_memory", lambda: [GIB])
-    host = psutil.virtual_memory().total
-    assert memory_sizes(make_cfg()) == MemorySizes(host, [GIB])
-    assert memory_sizes(make_cfg("ray.init_config.address=auto")) == MemorySizes(host, None)
+    own = MemorySizes(psutil.virtual_memory().total, [GIB])
+    assert own_memory_sizes() == own
+    assert memory_sizes(make_cfg()) == memory_sizes(make_cfg("ray.init_config.address=local")) == own
+    assert memory_sizes(make_cfg("ray.init_config.address=auto")) == MemorySizes(None, None)

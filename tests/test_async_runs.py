@@ -98,6 +98,7 @@ def test_the_report_shows_where_the_time_went(learned):
     assert "Where the time went" in (learned.dir / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_deterministic_run(tmp_path):
     overrides = (
         *LIGHT,

@@ -9,8 +9,9 @@ import pytest
 import ray
 
 from expert_iteration.cli import CONFIG_DIR
-from expert_iteration.cluster import check_resources, given, start_actor, stop_actors
+from expert_iteration.cluster import check_resources, start_actor, stop_actors
 from expert_iteration.errors import UserError
+from expert_iteration.places import given
 
 ON_CPU = {"ray_num_gpus": 0}
 
@@ -30,9 +31,9 @@ def test_what_the_parts_ask_for_together_must_be_there(make_cfg):
 
 
 def test_accelerators_of_the_models_count_with_those_of_the_parts(make_cfg):
-    cfg = make_cfg("++ray.train_handler_config.num_gpus=1")
+    cfg = make_cfg("++ray.collector_config.num_gpus=1")
     check_resources(cfg, {"ray_num_gpus": 2}, {"CPU": 1.0, "GPU": 3.0})
-    with pytest.raises(UserError, match=r"Ray has 2 GPU.* asks for 3 \(1 for train_handler_config, 2 for the models\)"):
+    with pytest.raises(UserError, match=r"Ray has 2 GPU.* asks for 3 \(1 for collector_config, 2 for the models\)"):
         check_resources(cfg, {"ray_num_gpus": 2}, {"CPU": 1.0, "GPU": 2.0})
 
 

@@ -498,6 +498,36 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         ["inference_model.num_devices (2)", "inference_model.num_replicas", "inference_model.backend=vllm"],
     ),
     (
+        "adapters_have_a_rank_that_vllm_serves",
+        {"train_model.lora.enabled": True, "weight_update.lora_only": True, "train_model.lora.r": 513},
+        "sync",
+        ["train_model.lora.r (513)", "(512)", "weight_update.lora_only=false"],
+    ),
+    (
+        "every_engine_gets_a_group",
+        {"inference_model.num_replicas": 5, "env.num_envs": 32},
+        "sync",
+        ["inference_model.num_replicas (5)", "the 4 groups", "env.num_envs 32 / env.repeats 8"],
+    ),
+    (
+        "ray_addresses_are_joined_directly",
+        {"ray.init_config.address": "ray://host:10001"},
+        "sync",
+        ["ray.init_config.address (ray://host:10001)", "address=auto"],
+    ),
+    (
+        "ray_addresses_are_joined_directly",
+        {"ray.init_config.address": "auto", "ray.init_config.num_cpus": 4},
+        "sync",
+        ["ray.init_config.num_cpus (4)", "address=auto", "null"],
+    ),
+    (
+        "training_task_takes_its_own_accelerator",
+        {"ray.train_handler_config.num_gpus": 1},
+        "sync",
+        ["ray.train_handler_config.num_gpus (1)", "train_model.num_devices"],
+    ),
+    (
         "gradient_checkpointing_needs_train_mode",
         {"train_model.eval": True, "train_model.gradient_checkpointing": True},
         "sync",

@@ -39,21 +39,24 @@ class Case:
     checkpointing: bool = False
 
 
-def make_row(seed):
+def make_row(seed, start_model):
+    """A response with its log-probs under the start model, from which the KL term measures."""
     generator = torch.Generator().manual_seed(seed)
     prompt, response = (int(torch.randint(1, 9, (1,), generator=generator)) for _ in range(2))
     mask = torch.arange(prompt + response) >= prompt
+    ids = torch.randint(VOCABULARY, mask.shape, generator=generator)
+    (log_probs,) = ReferenceScorer(start_model, pad_token_id=0, micro_batch_size=1).score([ids])
     return TensorDict(
         {
-            ("tokens", "full"): torch.randint(VOCABULARY, mask.shape, generator=generator),
+            ("tokens", "full"): ids,
             ("masks", "all_assistant_mask"): mask,
             ("next", "reward"): torch.tensor([float(seed)]),
-            ("next", "ref_log_probs", "full"): -4.0 * mask,
+            ("next", "ref_log_probs", "full"): log_probs.masked_fill(~mask, 0.0),
         }
     )
 
 
-ROWS = [make_row(seed) for seed in range(NUM_ROWS)]
+ROWS = [make_row(seed, random_model(VOCABULARY)) for seed in range(NUM_ROWS)]
 
 
 def build(case, loaded, rank, ranks):
@@ -68,7 +71,7 @@ def build(case, loaded, rank, ranks):
     parallel = {"alone": Alone, "ddp": Replicas, "fsdp": partial(Shards, "cpu")}[case.kind]()
     parallel.prepare(module, case.autocast_dtype)
     settings = SimpleNamespace(name="AdamW", betas=[0.9, 0.98], weight_decay=0.1)
-    optimizer = make_optimizer(model, settings, 1e-2)
+    optimizer = make_optimizer(model, settings, 3e-3)
     shape = SimpleNamespace(enabled=True, type="cosine_with_warmup", warmup_steps=0, num_cycles=0.5)
     make = Learner if ranks is None else partial(ParallelLearner, ranks=ranks)
     return make(

@@ -229,8 +229,9 @@ def test_cuda_without_accelerators_names_the_ways_out(placement):
 def test_a_cluster_has_devices_that_this_machine_does_not_see(monkeypatch):
     monkeypatch.setattr(devices, "count_accelerators", lambda: 0)
     check_devices(load("ray.init_config.address=auto"))
-    with pytest.raises(UserError, match="make demo"):
-        check_devices(load())
+    for local in ((), ("ray.init_config.address=local",)):
+        with pytest.raises(UserError, match="make demo"):
+            check_devices(load(*local))
 
 
 @pytest.mark.parametrize(

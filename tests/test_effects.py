@@ -148,6 +148,7 @@ def test_device_auto_asks_the_machine(key, other, count, monkeypatch):
     [line] = notes(overrides)
     assert line.startswith(f"note: inference_model.{key} has no effect here: ")
     assert other in line
+    assert notes([*overrides, "ray.init_config.address=local"]) == [line]
     assert notes([*overrides, "ray.init_config.address=auto"]) == []  # what the cluster has is not known yet
 
 

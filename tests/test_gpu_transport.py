@@ -298,7 +298,8 @@ def test_what_keeps_the_trainer_from_sending_is_the_engine_s_error(toy):
         raise ValueError("the wire is cut")
 
     trainer.pause = fail
-    with pytest.raises(RuntimeError, match=r"could not send weights version 1: ValueError\('the wire is cut'\)"):
+    message = r"version 1 did not arrive: the trainer could not send them: ValueError\('the wire is cut'\)"
+    with pytest.raises(RuntimeError, match=message):
         trainer.push(1)
     trainer.pause = lambda: None
     trainer.push(2)

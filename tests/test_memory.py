@@ -7,6 +7,9 @@ from functools import cache
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -18,6 +21,8 @@ from transformers import (
     Qwen3Config,
 )
 
+import ei_utils
+from expert_iteration import accelerators
 from expert_iteration.accelerators import MemorySizes
 from expert_iteration.cli import CONFIG_DIR, compose_config
 from expert_iteration.config import Config
@@ -57,6 +62,7 @@ FAMILIES = {
     "gpt2": GPT2Config(vocab_size=100, n_embd=64, n_layer=2, n_head=4, n_positions=128),
 }
 FULL = "train_model.lora.enabled=false"
+REFERENCE = "ref_model.num_devices=1"
 
 
 @cache
@@ -99,6 +105,26 @@ def gpus(count: int, gib: float) -> MemorySizes:
 
 def allocate(cfg: Config, num_accelerators: int):
     return compute_device_allocation(cfg, num_accelerators)
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that tensors of more than a number, made inside, hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) and tensor.ndim else None
+            if storage is not None and storage._cdata not in before:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(num_bytes for _, num_bytes in self.live.values()))
+        return out
 
 
 def training(shape: ModelShape, *overrides: str, num_accelerators: int = 8) -> ModelMemory:
@@ -149,8 +175,10 @@ def test_a_shape_is_read_from_a_folder(tiny_folder):
     assert read_model_shape(str(tiny_folder)).parameters == sum(sizes.values())
 
 
-def test_a_window_limits_what_is_certain_of_a_cache():
+def test_a_window_limits_what_is_certain_of_a_cache_if_every_layer_has_it():
     assert shape_of(FAMILIES["mistral"]).window == 16
+    assert {"sliding_attention", "full_attention"} == set(FAMILIES["gemma2"].layer_types)
+    assert shape_of(FAMILIES["gemma2"]).window == FAMILIES["gemma2"].max_position_embeddings
     assert shape_of(FAMILIES["qwen2"]).window == FAMILIES["qwen2"].max_position_embeddings
 
 
@@ -168,6 +196,38 @@ def test_weights_gradients_and_optimizer_are_those_of_a_real_step(optimizer, per
     shape = shape_of(FAMILIES["qwen2"])
     expected = term(training(shape, FULL, f"optimizer.name={optimizer}"), "4 gradients")
     assert expected == sum(tensor.nbytes for tensor in held) == per_parameter * shape.parameters
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "weight_decay", "copies"),
+    [("AdamW", 0.01, 1), ("AdamW", 0, 1), ("Adam", 0.01, 1), ("SGD", 0.01, 1), ("SGD", 0, 0)],
+)
+def test_a_step_on_accelerators_takes_a_copy_of_all_parameters(optimizer, weight_decay, copies):
+    """Of the tensors that torch's `foreach` makes, as many bytes are alive at a time as the term says."""
+    weights = [torch.nn.Parameter(torch.zeros(300, 100)) for _ in range(4)]
+    optim = getattr(torch.optim, optimizer)(weights, lr=1e-3, weight_decay=weight_decay, foreach=True)
+    for _ in range(2):  # the first step makes the running means
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        with Allocations() as allocations:
+            optim.step()
+    assert allocations.peak == copies * sum(weight.nbytes for weight in weights)
+    shape, rows = qwen(3), "train.optim_batch_size=1"
+    memory = training(shape, FULL, rows, f"optimizer.name={optimizer}", f"optimizer.weight_decay={weight_decay}")
+    found = [term for term in memory.terms if "a copy in the step" in term.text]
+    assert [(term.expected, term.certain) for term in found] == [(4 * shape.parameters, 0)] * copies
+
+
+def test_of_a_micro_batch_and_the_optimizers_step_the_larger_counts():
+    shape, sharded = qwen(3), (FULL, "train_model.num_devices=2", "train.optim_batch_size=1")
+    for rows, counted, other in ((1, "the step of AdamW", "activations"), (64, "activations", "the step")):
+        arithmetic = training(shape, FULL, f"train.optim_batch_size={rows}").arithmetic
+        assert counted in arithmetic
+        assert other not in arithmetic
+    assert term(training(shape, *sharded), "the step of AdamW") == 4 * shape.parameters / 2
+    assert "activations" in training(shape).arithmetic  # adapters are few
+    cfg = load(FULL, "train.optim_batch_size=1", "device=cpu")  # where torch takes one parameter at a time
+    assert "activations" in training_memory(cfg, allocate(cfg, 0), shape).arithmetic
 
 
 def test_adapters_leave_the_base_in_the_type_of_the_forward_pass():
@@ -225,11 +285,11 @@ TOKENS = 2 * 123  # unlike any width
 
 
 def test_only_a_whole_float32_model_is_copied_by_autocast():
-    shape, two = qwen(3), "train_model.num_devices=2"
-    assert term(training(shape, FULL), "bfloat16 copies") == 2 * (shape.linear_parameters + 151936 * 2048)
-    assert term(training(shape, FULL, two), "gathered weights") < 2 * 2**30
+    shape, rows, two = qwen(3), "train.optim_batch_size=64", "train_model.num_devices=2"
+    assert term(training(shape, FULL, rows), "bfloat16 copies") == 2 * (shape.linear_parameters + 151936 * 2048)
+    assert term(training(shape, FULL, rows, two), "gathered weights") < 2 * 2**30
     for overrides in ((), (FULL, "train.mixed_precision=false"), (FULL, two)):
-        assert "copies" not in training(shape, *overrides).arithmetic
+        assert "copies" not in training(shape, rows, *overrides).arithmetic
 
 
 def kept_bytes(model: torch.nn.Module) -> int:
@@ -346,7 +406,8 @@ def shared(gib: float, *overrides: str, billions: float = 3, mode: str = "sync")
     return share, cache
 
 
-@pytest.mark.parametrize(("mode", "overrides"), [("sync", ()), ("async", ()), ("sync", (FULL,)), ("async", (FULL,))])
+@pytest.mark.parametrize("overrides", [(), (FULL,), (REFERENCE,)])
+@pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("gib", [22, 24, 40, 80, 140])
 def test_on_a_shared_accelerator_all_fits(gib, mode, overrides):
     """Where a model of half a billion parameters can be held at all."""
@@ -355,6 +416,8 @@ def test_on_a_shared_accelerator_all_fits(gib, mode, overrides):
     share, cache = shared(gib, *overrides, billions=0.5, mode=mode)
     trainer = training_memory(cfg, allocation, shape)
     taken = trainer.certain if allocation["sleeps"] else trainer.expected
+    if allocation["ref_model_devices"]:
+        taken += reference_memory(cfg, allocation, shape).expected
     assert share <= 0.75
     assert share * gib * GIB + taken + PROCESS <= 0.95 * gib * GIB
     assert 0 < cache < share * gib * GIB - 2 * shape.parameters
@@ -364,6 +427,17 @@ def test_on_a_shared_accelerator_all_fits(gib, mode, overrides):
 def test_an_engine_that_sleeps_leaves_more_for_its_cache():
     assert shared(24)[1] > shared(24, "train.sync_iter=false")[1]
     assert shared(140) == (0.75, shared(140, "train.sync_iter=false")[1])
+
+
+def test_a_reference_works_while_the_engine_is_awake():
+    cfg, shape, sizes = load(REFERENCE), qwen(3), gpus(1, 40)
+    allocation = allocate(cfg, 1)
+    trainer, reference = (of(cfg, allocation, shape) for of in (training_memory, reference_memory))
+    engine = engine_memory(cfg, allocation, shape, sizes)
+    together = engine.expected + trainer.certain + reference.expected
+    assert allocation["sleeps"]
+    assert 0.94 * 40 * GIB < together <= 0.95 * 40 * GIB
+    assert describe_allocation(cfg, allocation, shape, sizes)[-1].split()[3] == f"{together / GIB:.1f}"
 
 
 def test_a_share_that_is_lowered_is_noted():
@@ -391,8 +465,8 @@ def test_three_accelerators_are_described_with_their_arithmetic():
         "tokens) + work ~2.0 GiB + CUDA 0.5 GiB = 60.5 GiB of 80.0 GiB",
         "  reference  GPU 1  3.09 B parameters x 2 bytes + forward pass of 32 x 1536 tokens ~4.3 GiB + CUDA 0.5 GiB = "
         "10.5 GiB of 80.0 GiB",
-        "  train      GPU 2  3.09 B parameters x (4 weights + 4 gradients + 8 AdamW) + bfloat16 copies ~5.7 GiB + "
-        "activations of 4 x 1536 tokens ~3.3 GiB + CUDA 0.5 GiB = 55.5 GiB of 80.0 GiB",
+        "  train      GPU 2  3.09 B parameters x (4 weights + 4 gradients + 8 AdamW) + a copy in the step of AdamW "
+        "~11.5 GiB + CUDA 0.5 GiB = 58.0 GiB of 80.0 GiB",
     ]
 
 
@@ -409,7 +483,7 @@ def test_of_two_the_second_is_described_with_the_sum():
     lines = table(qwen(3), gpus(2, 80), FULL)
     assert [line.split()[0] for line in lines[1:]] == ["inference", "reference", "train", "together"]
     assert lines[1].endswith("of 80.0 GiB")
-    assert lines[4] == "  together   GPU 1  66.1 GiB of 80.0 GiB"
+    assert lines[4] == "  together   GPU 1  68.5 GiB of 80.0 GiB"
 
 
 def test_several_devices_are_listed():
@@ -431,11 +505,32 @@ def test_processes_on_a_cpu_are_counted_together():
 
 def test_what_a_cluster_has_is_not_guessed():
     cfg = load("ray.init_config.address=auto")
-    sizes = MemorySizes(host=GIB, accelerators=None)
+    sizes = MemorySizes(host=None, accelerators=None)
     lines = describe_allocation(cfg, allocate(cfg, 8), qwen(7), sizes)
-    assert not any(" of 8" in line or "of 1.0 GiB" in line for line in lines)
+    assert not any(" of 8" in line for line in lines)
     assert "cache of at least 7.0 GiB" in lines[1]
     assert check_memory(cfg, allocate(cfg, 8), qwen(7), sizes) == []
+
+
+def test_an_engine_in_a_cluster_knows_its_own_accelerator(monkeypatch, tiny_folder):
+    made = {}
+    monkeypatch.setattr(accelerators, "accelerator_memory", lambda: [24 * GIB])
+    monkeypatch.setattr("expert_iteration.receiving_engine.ReceivingVLLMEngine", lambda *_, **given: made.update(given))
+    monkeypatch.setattr("expert_iteration.vllm_engine.VLLMEngine", lambda *_, **given: made.update(given))
+    cfg = load("ray.init_config.address=auto", f"model.name={tiny_folder}")
+    allocation = allocate(cfg, 1)
+    ei_utils.make_engine(cfg, allocation)
+    assert made["cache_bytes"] == engine_cache_bytes(cfg, allocation, read_model_shape(str(tiny_folder)), gpus(1, 24))
+
+
+def test_the_hosts_of_a_cluster_are_not_taken_for_one():
+    cfg = load("ray.init_config.address=auto", "inference_model.kv_cache_gib=null", task="ei_tiny")
+    allocation, sizes = allocate(cfg, 0), MemorySizes(host=None, accelerators=None)
+    assert check_memory(cfg, allocation, qwen(7), sizes) == []
+    lines = describe_allocation(cfg, allocation, qwen(7), sizes)
+    assert "cache of at least" in lines[1]
+    assert lines[-1].startswith("  together   the cluster's hosts")
+    assert " of " not in lines[-1]
 
 
 # --- refusals ---
@@ -481,6 +576,16 @@ def test_what_cannot_fit_is_refused_with_the_remedy(billions, count, gib, overri
     with pytest.raises(UserError) as error:
         check_memory(cfg, allocate(cfg, count), qwen(billions), gpus(count, gib))
     assert [part for part in parts if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(("billions", "heads", "choices"), [(0.5, 14, "1, 2, 7, 14"), (1.5, 12, "1, 2, 3, 4, 6, 12")])
+def test_devices_that_do_not_divide_the_heads_are_refused(billions, heads, choices):
+    cfg = load("inference_model.num_devices=5")
+    with pytest.raises(
+        UserError, match=rf"inference_model\.num_devices \(5\).*the {heads} attention.*one of {choices};.*num_replicas"
+    ):
+        check_memory(cfg, allocate(cfg, 8), qwen(billions), gpus(8, 80))
+    check_memory(cfg := load("inference_model.num_devices=2"), allocate(cfg, 8), qwen(billions), gpus(8, 80))
 
 
 def test_remedies_are_not_offered_twice():

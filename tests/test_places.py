@@ -63,6 +63,14 @@ def test_shares_of_one_accelerator_fit_into_it(allocate):
     assert sum(asked) <= 1
 
 
+def test_the_training_task_has_the_user_s_options_beside_its_place(make_cfg):
+    cfg = make_cfg("ray.train_handler_config.num_cpus=2", "++ray.train_handler_config.runtime_env.env_vars.MINE=yes")
+    places = reserve(cfg, compute_device_allocation(cfg, 0))
+    first, second = places.trainer(0), places.trainer(1)
+    assert (first["num_cpus"], second["num_cpus"]) == (2, 0)
+    assert first["runtime_env"]["env_vars"] == second["runtime_env"]["env_vars"] | {"MINE": "yes"}
+
+
 def test_an_engine_must_fit_on_a_host(allocate):
     allocation = allocate(6, "inference_model.num_devices=4")
     check_hosts(allocation, [2.0, 4.0])
@@ -83,11 +91,11 @@ def test_threads_are_those_given(make_cfg):
 
 
 def test_models_that_work_at_the_same_time_share_the_cores(make_cfg, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     assert default_threads(make_cfg()) == {"train": 8, "inference": 8, "reference": 8}
     assert default_threads(make_cfg("train.sync_iter=false")) == {"train": 4, "inference": 4, "reference": 4}
     assert default_threads(make_cfg(mode="async")) == {"train": 4, "inference": 4, "reference": 4}
     several = make_cfg("train_model.num_devices=2", "inference_model.num_replicas=2", "inference_model.num_devices=2")
-    assert default_threads(several) == {"train": 4, "inference": 2, "reference": 8}
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert default_threads(several) == {"train": 4, "inference": 4, "reference": 8}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
     assert set(default_threads(make_cfg(mode="async")).values()) == {1}

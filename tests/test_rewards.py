@@ -215,6 +215,14 @@ def test_function_from_a_file_reaches_another_process(reward_file, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "pickled")], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize(
+    "source", [b"\xef\xbb\xbf" + LENGTH_REWARD.encode(), b"# coding: latin-1\n# \xe9\n" + LENGTH_REWARD.encode()]
+)
+def test_a_file_may_be_encoded_as_python_allows(tmp_path, source):
+    (tmp_path / "encoded.py").write_bytes(source)
+    assert rewards.load_reward_fn(f"{tmp_path / 'encoded.py'}:by_length")(PROBLEMS, ["a", "bcd"]) == [1.0, 3.0]
+
+
 def test_function_from_a_package():
     loaded = rewards.load_reward_fn("expert_iteration.rewards:tiny_rewards")
     assert loaded(PROBLEMS, ["<answer>1</answer>", ""]) == [0.9, 0.0]

@@ -119,6 +119,7 @@ def test_one_seed_gives_one_run(learned, tmp_path):
     assert (tmp_path / "run" / "samples.jsonl").read_text() == (learned.dir / "samples.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K questions are not on this machine")
 def test_real_questions_run_log_checkpoint_and_end(tmp_path):
     run = Run(
@@ -169,7 +170,7 @@ def test_real_questions_train_where_a_reward_separates_responses(tmp_path):
     assert summary["max_probe_logprob_diff"] < 0.3
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("sync", marks=pytest.mark.slow), "async"])
 def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, mode):
     run = Run(tmp_path / "run", *SHORT, *LIGHT, "train.total_dialog_turns=100000", script=f"expert-iteration-{mode}.py")
     run.wait_for_line("weights/policy_version")

@@ -62,11 +62,18 @@ def place(address, *overrides):
 
 def test_an_engine_s_shards_are_on_one_host(two_hosts):
     overrides = ("inference_model.num_devices=2", "ref_model.num_devices=1", "train_model.num_devices=1")
+    # What the training task reserves besides is part of its bundle.
+    overrides += ("ray.train_handler_config.num_cpus=1", "++ray.train_handler_config.resources={second: 0.5}")
     hosts = place(two_hosts, *overrides)
     # The engine's two accelerators are one bundle, and fill a host; the others are on the second.
     assert len(hosts) == 3
     assert hosts[0] == 0
     assert hosts[1] == hosts[2] == 1
+
+
+def test_a_training_task_that_fits_in_no_bundle_is_refused(two_hosts):
+    message = place(two_hosts, "ray.train_handler_config.num_cpus=2")
+    assert "Ray could not reserve 3 accelerators within 5 s" in message
 
 
 def test_an_engine_that_fits_on_no_host_is_refused(two_hosts):
