@@ -5,7 +5,6 @@ The adapters begin as nothing and the base is frozen, so the base is the start m
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -27,8 +26,8 @@ class AdapterReference:
 
     Args:
         score: list of ids [T_i] -> list of log-probs [T_i], by the start model: a `BaseScorer`'s `score`.
-        capacity: responses whose log-probs are kept, at 4 bytes a token; beyond it those that were scored first make
-            room. The buffer's size is enough for every response to be scored once.
+        capacity: responses whose log-probs are kept, at 4 bytes a token; beyond it the oldest, of the smallest id, make
+            room. The buffer's size is enough for every response to be scored once: it drops its oldest too.
 
     Attributes:
         scored: responses that were scored.
@@ -38,7 +37,7 @@ class AdapterReference:
     def __init__(self, score: Score, capacity: int) -> None:
         self._score = score
         self._capacity = capacity
-        self._log_probs: OrderedDict[int, torch.Tensor] = OrderedDict()  # by response id, in the order of scoring
+        self._log_probs: dict[int, torch.Tensor] = {}  # by response id
         self.scored = self.hits = 0
 
     def attach(self, batch: TensorDictBase) -> TensorDictBase:
@@ -73,7 +72,7 @@ class AdapterReference:
         self.scored += len(rows)
         self._log_probs.update(log_probs)
         while len(self._log_probs) > self._capacity:
-            self._log_probs.popitem(last=False)
+            del self._log_probs[min(self._log_probs)]
         return log_probs
 
 

@@ -23,7 +23,7 @@ import torch
 from expert_iteration.config import Config, InferenceBackend
 from expert_iteration.devices import DeviceAllocation
 from expert_iteration.engine_client import HEALTH_GROUP, TRANSFER_GROUP, EngineClient, EnginePool
-from expert_iteration.packed_weights import PackedWeights
+from expert_iteration.packed_weights import PackedTensor, PackedWeights
 from expert_iteration.receiving_engine import SentByTrainer
 from expert_iteration.remote import ProcessDiedError
 from expert_iteration.weight_transport import SentWeights, WeightPass
@@ -70,7 +70,11 @@ class Sender(Protocol):
 
 
 class PackedSource:
-    """Packed weights as vLLM's trainer side takes them (`WeightSource`): metadata, and any number of passes."""
+    """Packed weights as vLLM's trainer side takes them (`WeightSource`): metadata, and any number of passes.
+
+    Tied weights are sent once, as vLLM's own source does: on accelerators it holds them once, and some models (Gemma 2)
+    have no head that could be loaded.
+    """
 
     def __init__(self, weights: PackedWeights, device: torch.device | str) -> None:
         self.weights = weights
@@ -80,11 +84,16 @@ class PackedSource:
         """Name, dtype and shape of every tensor, in the order of the passes."""
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        return [ParamMeta(entry.name, entry.dtype, tuple(entry.shape)) for entry in self.weights.layout]
+        return [ParamMeta(entry.name, entry.dtype, tuple(entry.shape)) for entry in self._entries()]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        sent = {entry.name for entry in self._entries()}
         for name, tensor in self.weights:
-            yield name, tensor.to(self._device, non_blocking=True)
+            if name in sent:
+                yield name, tensor.to(self._device, non_blocking=True)
+
+    def _entries(self) -> list[PackedTensor]:
+        return [entry for entry in self.weights.layout if entry.tied_to is None]
 
 
 class RemoteEngine:

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from expert_iteration.models import evaluating, hugging_face_model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -195,11 +195,22 @@ def _gives_own_logits(model: nn.Module, backbone: nn.Module, head: nn.Linear, ru
     """Whether backbone, head and rule give the logits of `model` itself on a few tokens."""
     input_ids = torch.arange(min(8, head.out_features), device=head.weight.device)[None]
     mask = torch.ones_like(input_ids)
-    with evaluating(model), _loud(head):
+    with evaluating(model), _loud(head), _any_attention(hugging_face_model(model)):
         expected = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[0]
         found = rule(head(_hidden_states(backbone, input_ids, mask)[0]))
     # The same operations on the same numbers; a rule that is missing or wrong changes them by far more.
     return torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+@contextmanager
+def _any_attention(hf_model: PreTrainedModel) -> Iterator[None]:
+    """Attention that computes in every dtype on every device: flash attention would refuse float32, and the CPU."""
+    chosen = hf_model.config._attn_implementation
+    hf_model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        hf_model.set_attn_implementation(chosen)
 
 
 @contextmanager

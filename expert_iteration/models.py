@@ -128,6 +128,12 @@ def _check_attention(name: str, attn_implementation: str, trust_remote_code: boo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) and attn_implementation == "sdpa":
+        # Transformers leaves the cap out without a word; the engine does not, and the probe would find them apart.
+        raise UserError(
+            f"{section}.attn_implementation (sdpa) cannot cap attention scores, as {name} does: set "
+            f"{section}.attn_implementation=eager, or flash_attention_2 where it is installed."
+        )
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(

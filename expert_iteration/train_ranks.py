@@ -7,6 +7,7 @@ same time as the training process.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -169,7 +170,9 @@ class RankGroup:
         """End rank 0's part in the group; for the end of a run, when the actors have been stopped."""
         import torch.distributed as dist
 
-        if dist.is_initialized():
+        if (group := dist.group.WORLD) is not None:
+            # The others are gone: NCCL would wait for them to take their leave.
+            group.abort()
             dist.destroy_process_group()
 
     @contextmanager
@@ -279,6 +282,8 @@ def _join(meeting: Meeting, rank: int, store: Any) -> None:
 
     import torch.distributed as dist
 
+    # On an error NCCL's watchdog would end this process, before rank 0 can say which rank failed; 2 only aborts.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
     store = store or dist.TCPStore(meeting.host, meeting.port)
     dist.init_process_group(
         meeting.backend,

@@ -77,8 +77,14 @@ class PackedWeightTransferEngine(WeightTransferEngine[PackedInitInfo, PackedUpda
 
     def receive_weights(self, update_info: PackedUpdateInfo) -> None:
         """Load the tensors, which are mapped and not copied, into the model."""
+        weights = update_info.weights.get()
         model: Any = self.model  # every vLLM model has load_weights, which torch's Module does not know
-        model.load_weights(iter(update_info.weights.get()))
+        parts = {name for name, _ in model.named_children()}
+        tied = {entry.name for entry in weights.layout if entry.tied_to is not None}
+        # Some models (Gemma 2) score with the embeddings themselves, and refuse a head that is tied to them.
+        model.load_weights(
+            (name, tensor) for name, tensor in weights if name not in tied or name.partition(".")[0] in parts
+        )
 
     def finish_weight_update(self) -> None:
         """Pack the layers again."""

@@ -92,7 +92,11 @@ def run_algorithm(script, cfg, engine, run_dir):
     reference = None
     if ei_utils.num_references(cfg):
         base = ei_utils.get_hf_model(
-            cfg, section="ref_model", dtype="float32", attn_implementation="sdpa", device="cpu"
+            cfg,
+            section="ref_model",
+            dtype="float32",
+            attn_implementation=cfg.ref_model.attn_implementation,
+            device="cpu",
         )
         reference = ReferenceScorer(base, pad_token_id=0, micro_batch_size=8)
     collector = ei_utils.make_collector(cfg, task, engine, reference, log_queue)

@@ -88,6 +88,14 @@ def test_the_oldest_make_room_and_a_batch_may_be_larger_than_the_cache():
     assert asked_numbers(scorer) == [[0, 1, 2, 3], [4], [2]]
 
 
+def test_what_the_buffer_still_holds_is_kept_in_whatever_order_it_was_drawn():
+    scorer = CountingScorer()
+    reference = AdapterReference(scorer, capacity=2)
+    for number in (5, 3, 6, 5):  # a buffer of two: 6 has taken the place of 3
+        assert_attached(reference.attach(make_batch(number)))
+    assert asked_numbers(scorer) == [[5], [3], [6]]
+
+
 def test_rows_that_have_log_probs_keep_them():
     scorer, batch = CountingScorer(), make_batch(0, 1)
     given = -torch.ones(len(batch[0][TOKENS_KEY]))

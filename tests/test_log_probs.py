@@ -9,6 +9,8 @@ from builders import random_model, random_policy
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -27,6 +29,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from expert_iteration import log_probs
 from expert_iteration.log_probs import LogProbModel, token_log_probs
@@ -264,3 +268,21 @@ def test_a_log_prob_model_is_called_as_it_is():
     assert torch.equal(found, token_log_probs(model, input_ids, attention_mask, response_mask))
     wrapped.forward = lambda *args: args
     assert token_log_probs(wrapped, input_ids, attention_mask, response_mask)[2] is response_mask
+
+
+def test_a_kernel_that_refuses_float32_is_not_asked_until_training(caplog):
+    def picky(module, query, *args, **kwargs):
+        assert torch.is_autocast_enabled("cpu"), "only half precision, as flash attention"
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("picky", picky)
+    AttentionMaskInterface.register("picky", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = random_model(VOCABULARY)
+    model.set_attn_implementation("picky")
+    policy = LogProbModel(model)
+    assert not caplog.records  # no fall-back to whole logits
+    ids = torch.arange(6)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        policy(ids, torch.ones_like(ids))
+    with pytest.raises(AssertionError, match="only half precision"):
+        policy(ids, torch.ones_like(ids))

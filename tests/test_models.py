@@ -9,6 +9,7 @@ import torch._inductor.config
 from bitsandbytes.nn import Linear4bit
 from builders import random_model, random_policy
 from chat_tokenizers import BARE, CHATML, MISTRAL, llama_tokenizer, make_tokenizer, qwen_base_tokenizer
+from model_families import make_family_folder
 from peft.utils.integrations import dequantize_bnb_weight
 
 from expert_iteration.adapter_reference import BaseScorer
@@ -278,3 +279,11 @@ def test_a_compiled_model_has_the_same_names_loss_and_gradients(checkpointing):
     # In evaluation, without gradient and adapters, it is another graph.
     torch.testing.assert_close(scorer.score(rows), expected_scores, rtol=1e-4, atol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_kernel_that_leaves_out_the_cap_of_a_model_s_attention_is_refused(tmp_path, tiny_folder):
+    folder = make_family_folder("gemma-2", tiny_folder, tmp_path)
+    options = {"dtype": "float32", "device": "cpu", "section": "here"}
+    with pytest.raises(UserError, match=r"here\.attn_implementation \(sdpa\) .* set here\.attn_implementation=eager"):
+        load_model(str(folder), attn_implementation="sdpa", **options)
+    assert load_model(str(folder), attn_implementation="eager", **options).config._attn_implementation == "eager"
