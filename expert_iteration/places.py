@@ -147,12 +147,12 @@ def default_threads(cfg: Config) -> dict[Kind, int]:
         "inference": cfg.inference_model.num_replicas,  # whose shards share what their engine has
         "reference": num_references(cfg),
     }
-    given: dict[Kind, int | None] = {
+    configured: dict[Kind, int | None] = {
         "train": cfg.train_model.num_threads,
         "inference": cfg.inference_model.num_threads,
         "reference": cfg.ref_model.num_threads,
     }
-    return {kind: given[kind] or max(1, available // max(1, count)) for kind, count in counts.items()}
+    return {kind: configured[kind] or max(1, available // max(1, count)) for kind, count in counts.items()}
 
 
 def _describe(wanted: Sequence[tuple[int, ...]]) -> str:
