@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from expert_iteration.evaluation import Evaluator
     from expert_iteration.learner import Learner, StepResult
     from expert_iteration.metrics import Metrics
+    from expert_iteration.position import Position
     from expert_iteration.replay_buffer import BufferReader
     from expert_iteration.weight_update import WeightUpdater
 
 
 def train(
     cfg: Config,
+    position: Position,
     collector: BackgroundCollector,
     replay_buffer: BufferReader,
     learner: Learner,
@@ -41,40 +43,45 @@ def train(
     checkpointer: Checkpointer,
     metrics: Metrics,
 ) -> None:
-    """The algorithm: what happens in which order. Its collaborators say how (`ei_utils.py` builds them)."""
+    """The algorithm: what happens in which order. Its collaborators say how (`ei_utils.py` builds them).
+
+    A resumed run enters it anew, with collaborators that stand where they stood when the checkpoint was saved.
+    """
     # Here, where the training process has it loaded already: it takes seconds, which no command line should wait.
     from ei_utils import log_training_metrics
     from expert_iteration.pacing import paced_batches
 
-    pushed_at = 0
-
     def push_weights() -> None:
-        nonlocal pushed_at
-        pushed_at = learner.optimizer_steps
+        position.pushed_at = learner.optimizer_steps
         metrics.log(weight_updater.push_weights(policy_training), learner.gradient_steps)
         if is_due(weight_updater.pushes, cfg.eval.frequency):
             metrics.samples(collector.latest.samples, learner.gradient_steps, "train")
-            evaluator.evaluate(learner.gradient_steps)
+            evaluator.evaluate(learner.gradient_steps, weight_updater.pushes)
 
     def after(result: StepResult) -> None:
         if result.stepped and is_due(result.step, cfg.train.weight_update_frequency, result.since):
             push_weights()
         if result.stepped and is_due(result.step, cfg.train.checkpoint_frequency, result.since):
             checkpointer.save()
+        if result.stepped:
+            checkpointer.stop_if_asked()
 
-    evaluator.evaluate(learner.gradient_steps)
+    if evaluator.is_pending:  # before training, or where a run was interrupted in the middle of an evaluation
+        evaluator.evaluate(learner.gradient_steps, weight_updater.pushes)
     collector.start()  # Data collection goes on in the background
-    for batch in paced_batches(cfg, collector, replay_buffer, learner, metrics):  # Optimization loop
+    for batch in paced_batches(cfg, position, collector, replay_buffer, learner, metrics):  # Optimization loop
         result = learner.step(batch)
         log_training_metrics(metrics, result, batch, learner, replay_buffer, weight_updater.policy_version)
         after(result)
+        if evaluator.has_stalled:
+            break
     if (last := learner.flush()).stepped:
         metrics.training(last, optim_step=learner.optimizer_steps)
         after(last)
-    if pushed_at < learner.optimizer_steps:
+    if position.pushed_at < learner.optimizer_steps:
         push_weights()
-    if weight_updater.pushes and not is_due(weight_updater.pushes, cfg.eval.frequency):
-        evaluator.evaluate(learner.gradient_steps)
+    if evaluator.measured_pushes < weight_updater.pushes:
+        evaluator.evaluate(learner.gradient_steps, weight_updater.pushes)
 
 
 def main(cfg: Config, run_dir: Path) -> None:

@@ -30,6 +30,7 @@ class CollectedBatch:
     total_dialog_turns: int
     responses_kept: int  # of this batch
     samples: list[dict[str, Any]]  # a few groups, in the form of samples.jsonl
+    is_resumed: bool = False  # whether a run before this one has begun to train on it
 
     @property
     def progress(self) -> float:

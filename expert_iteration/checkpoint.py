@@ -59,6 +59,10 @@ class Checkpointer:
         return path
 
 
+    def stop_if_asked(self) -> None:
+        """End the run where the user, or the machine, has asked it to stop, with everything saved."""
+
+
 def save_pretrained(
     policy: nn.Module, tokenizer: Any, directory: Path, dtype: torch.dtype, reader: PolicyReader | None = None
 ) -> None:

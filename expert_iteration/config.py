@@ -16,6 +16,8 @@ SCHEMA_NAME = "schema"
 # What optimizer.lr=null means. Adapters start at zero and have few parameters: they need larger steps.
 FULL_FINE_TUNING_LR = 1e-5
 LORA_LR = 1e-4
+# Figures of an evaluation by which policies can be compared (no enum: OmegaConf finds members by names without an @).
+EVAL_METRICS = ("pass@1", "pass@k", "greedy", "reward")
 
 # OmegaConf finds an enum member by its name and lists the names when there is none: each name is spelled as its value.
 
@@ -57,6 +59,20 @@ class KLScheduleType(StrEnum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+
+
+class RestartFrom(StrEnum):
+    """What each iteration fine-tunes."""
+
+    current = "current"
+    base = "base"
+
+
+class Resume(StrEnum):
+    """Whether a run goes on where an earlier one in its directory stopped."""
+
+    never = "never"
+    auto = "auto"
 
 
 class LossFunction(StrEnum):
@@ -190,6 +206,13 @@ class TrainConfig:
     if they are more) in async mode, where new responses take the places of the oldest."""
     empty_replay_buffer: bool
     """Sync mode: whether the buffer is emptied once its responses were trained on."""
+    restart_from: RestartFrom
+    """Sync mode: what is fine-tuned after each batch: `current`, the policy as it stands; `base`, the start model
+    again, on all that was kept so far."""
+    accumulate_expert_set: bool | None
+    """Sync mode: whether all responses that were ever kept stay in the buffer; null: with `restart_from=base` only."""
+    from_expert_set: str | None
+    """Sync mode: a folder of Parquet files to train on, in place of anything that is collected; null: none."""
     prioritized_sampling: bool
     """Whether responses of higher reward are drawn first (sync mode) or more often (async mode)."""
     prioritized_sampling_alpha: float
@@ -225,6 +248,10 @@ class TrainConfig:
     """So many steps in a row without a finite loss and gradient end the run."""
     checkpoint_frequency: int
     """Gradient steps between checkpoints; 0: only the one at the end."""
+    keep_checkpoints: int
+    """Checkpoints that stay, the last and the best among them; older ones are removed."""
+    stop_patience: int | None
+    """So many evaluations in a row without a better `eval.metric` end the run; null: it goes on to its end."""
     logging_frequency: int
     """Gradient steps between lines of training metrics."""
 
@@ -324,6 +351,8 @@ class RefModelConfig:
     """Type of the reference's weights."""
     num_threads: int | None
     """CPU threads of the reference; null: as `train_model.num_threads`."""
+    refresh_every: int | None
+    """Weight pushes after which the policy becomes the reference; null: it stays the start model."""
 
 
 @dataclass
@@ -375,14 +404,30 @@ class WeightUpdateConfig:
 class EvalConfig:
     """Evaluation on held-out prompts."""
 
+    only: bool
+    """Whether the model is evaluated and nothing is trained."""
     frequency: int
     """Weight pushes between evaluations; 0: only before and after the run."""
     num_prompts: int
     """Held-out prompts."""
     num_samples: int
-    """Sampled responses per prompt, beside one greedy response: the k of pass@k."""
+    """Sampled responses per prompt, beside one greedy response."""
+    k: int | None
+    """The k of pass@k, at most `num_samples`; null: `num_samples`."""
     temperature: float
     """Temperature of the sampled responses."""
+    metric: str
+    """What decides which policy is the best: one of EVAL_METRICS, higher being better."""
+
+
+@dataclass
+class ExpertSetConfig:
+    """What was kept, as a data set of its own."""
+
+    save: bool
+    """Whether every kept response is written to `expert_set/`, as Parquet files."""
+    token_ids: bool
+    """Whether they hold the sampled token ids beside the texts."""
 
 
 @dataclass
@@ -431,6 +476,8 @@ class LoggingConfig:
     """W&B tags."""
     num_samples: int
     """Prompts written to `samples.jsonl` per evaluation, each with all its responses."""
+    kl_budget: float
+    """KL to the reference, in nats per token, above which the report warns."""
 
 
 @dataclass
@@ -439,6 +486,10 @@ class Config:
 
     seed: int
     """Seed of data order, initialization, sampling and selection."""
+    resume: Resume
+    """`auto`: go on from the newest checkpoint in the directory that `hydra.run.dir` names, if one is there."""
+    resume_from: str | None
+    """A run directory, or a checkpoint in one, to go on from; null: none."""
     device: Device
     """`auto`: accelerators where there are any; `cpu`; `cuda`: accelerators, or the run is refused."""
     placement: Placement
@@ -453,6 +504,7 @@ class Config:
     optimizer: OptimizerConfig
     weight_update: WeightUpdateConfig
     eval: EvalConfig
+    expert_set: ExpertSetConfig
     tiny: TinyConfig
     ray: RayConfig
     logging: LoggingConfig

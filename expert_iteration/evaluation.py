@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchrl._utils import timeit
@@ -36,6 +36,11 @@ class Evaluator:
         seed: of the run. Every evaluation draws from the same random states, so that two differ by the policy alone.
         metrics: where figures and samples are logged.
         num_report: problems whose responses are logged with the figures.
+
+    Attributes:
+        is_pending: whether an evaluation is due that has not ended: the first, or one that was interrupted.
+        measured_pushes: weight pushes that came before the last evaluation.
+        has_stalled: whether so many evaluations in a row were no better than the best that the run should end.
     """
 
     def __init__(
@@ -57,21 +62,38 @@ class Evaluator:
         self._seed = seed
         self._metrics = metrics
         self._num_report = num_report
+        self.is_pending = True
+        self.measured_pushes = 0
+        self.has_stalled = False
         self._prompts = [chat_prompt_ids(tokenizer, task.system_prompt, problem.question) for problem in task.heldout]
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int, pushes: int) -> dict[str, float]:
         """Measure the policy that the engine now holds, and log the figures (scope `eval/`) and a few samples.
+
+        Args:
+            step: gradient steps so far.
+            pushes: weight pushes so far, which say what is measured.
 
         Returns:
             `pass@1` (share of sampled responses that are correct), `greedy` (the same of greedy responses), `reward`
             (mean of the sampled), `pass@k` (share of problems with a correct sampled response), `k`, `num_prompts`,
             `response_length` (mean, tokens).
         """
+        self.is_pending, self.measured_pushes = True, pushes
         with timeit("evaluation"), timeline.span(timeline.EVALUATING):
             figures, samples = self._measure()
         self._metrics.log({f"eval/{name}": value for name, value in figures.items()}, step)
         self._metrics.samples(samples, step, "heldout")
+        self.is_pending = False
         return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"is_pending": self.is_pending, "measured_pushes": self.measured_pushes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.is_pending, self.measured_pushes = state["is_pending"], state["measured_pushes"]
 
     def _measure(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         groups = self._engine.sample(self._prompts, self._sampled, derive_seed(self._seed, "eval"))

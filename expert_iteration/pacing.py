@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from expert_iteration.actors import kept_nothing
 from expert_iteration.config import Config
+from expert_iteration.position import Position
 from expert_iteration.sizes import ceil_div, due_gradient_steps
 
 if TYPE_CHECKING:
@@ -30,35 +31,40 @@ class Debt:
 
     Args:
         cfg: reads what `due_gradient_steps` does.
+        position: where the debt is noted, and where that of a resumed run stands.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, position: Position) -> None:
         self._cfg = cfg
-        self._responses_kept = 0
-        self._owed: list[int] = []
+        self._position = position
 
     @property
     def steps(self) -> int:
         """Gradient steps owed so far, those that are made already included."""
-        return self._owed[-1] if self._owed else 0
+        return self._position.owed[-1] if self._position.owed else 0
 
     @property
     def batches(self) -> int:
         """Batches that owe them."""
-        return len(self._owed)
+        return len(self._position.owed)
 
     def add(self, batch: CollectedBatch) -> None:
         """Another batch was collected."""
-        self._responses_kept += batch.responses_kept
-        self._owed.append(due_gradient_steps(self._cfg, self._responses_kept, batch.progress))
+        self._position.responses_kept += batch.responses_kept
+        self._position.owed.append(due_gradient_steps(self._cfg, self._position.responses_kept, batch.progress))
 
     def batches_worked_off(self, gradient_steps: int) -> int:
         """Batches, from the first on, of which everything is made after so many steps."""
-        return bisect_right(self._owed, gradient_steps)
+        return bisect_right(self._position.owed, gradient_steps)
 
 
 def paced_batches(
-    cfg: Config, collector: BackgroundCollector, replay_buffer: BufferReader, learner: Learner, metrics: Metrics
+    cfg: Config,
+    position: Position,
+    collector: BackgroundCollector,
+    replay_buffer: BufferReader,
+    learner: Learner,
+    metrics: Metrics,
 ) -> Iterator[TensorDictBase]:
     """A micro-batch whenever a gradient step is owed, until the run's are made; waits for the collector otherwise.
 
@@ -70,7 +76,7 @@ def paced_batches(
         TimeoutError: nothing to train on came for `train.collection_timeout` seconds.
         ProcessDiedError: the collector, or what it needs, is dead.
     """
-    debt = Debt(cfg)
+    debt = Debt(cfg, position)
     num_empty, said = 0, False
     since = time.monotonic()
     while True:

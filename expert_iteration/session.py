@@ -18,6 +18,7 @@ from expert_iteration.checkpoint import Checkpointer, save_pretrained
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config
 from expert_iteration.places import Places
+from expert_iteration.position import Position
 from expert_iteration.remote import Waiting, get_from
 from expert_iteration.run_directory import SUMMARY_FILE, write_whole
 from expert_iteration.screen import Progress, RemoteScreen
@@ -70,6 +71,7 @@ class Session:
         buffer = self._buffer_owner.client()
         waiting = Waiting(cfg.train.collection_timeout, screen.say, self._engine.describe)
         self._engine.waiting = waiting  # for evaluations; the collector has a client of its own, which is waited for
+        self.position = Position()
         self.collector = ei_utils.get_collector_client(cfg, collector, buffer, waiting, turns)
         self.learner = self._make_learner(ei_utils.load_policy(cfg, places.allocation), places)
         self.learner.turns = turns
@@ -107,6 +109,7 @@ class Session:
     def collaborators(self) -> dict[str, Any]:
         """What `train` takes, by name."""
         return {
+            "position": self.position,
             "collector": self.collector,
             "replay_buffer": self.replay_buffer,
             "learner": self.learner,

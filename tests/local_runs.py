@@ -11,6 +11,7 @@ import ei_utils
 from expert_iteration.checkpoint import Checkpointer
 from expert_iteration.devices import compute_device_allocation
 from expert_iteration.metrics import Metrics
+from expert_iteration.position import Position
 from expert_iteration.replay_buffer import BufferReader, ExpertReplayBuffer
 from expert_iteration.scorer import ReferenceScorer
 from expert_iteration.sizes import responses_per_gradient_step
@@ -111,6 +112,7 @@ def run_algorithm(script, cfg, engine, run_dir):
     )
     script.train(
         cfg,
+        position=Position(),
         collector=LocalCollector(collector, buffer, sizes.num_batches),
         replay_buffer=reader,
         learner=learner,

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from expert_iteration.learner import StepResult
+from expert_iteration.position import Position
 
 # What `train` is run with unless a test says otherwise: steps and nothing beside them.
 QUIET = ("eval.frequency=0", "train.checkpoint_frequency=0", "train.epochs=1", "train.optim_batch_size=1")
@@ -12,6 +13,7 @@ def drive(script, cfg, events, collector, replay_buffer, bad_at):
     """Run a script's `train` on fakes; returns them, and the events."""
     learner = FakeLearner(events, cfg.train.gradient_accumulation_steps, bad_at)
     parts = {
+        "position": Position(),
         "collector": collector,
         "replay_buffer": replay_buffer,
         "learner": learner,
@@ -75,9 +77,10 @@ class FakeWeightUpdater:
 
 class FakeEvaluator:
     def __init__(self, events):
-        self.events = events
+        self.events, self.is_pending, self.has_stalled, self.measured_pushes = events, True, False, 0
 
-    def evaluate(self, step):
+    def evaluate(self, step, pushes):
+        self.is_pending, self.measured_pushes = False, pushes
         self.events.append(f"evaluate at {step}")
 
 
@@ -88,6 +91,9 @@ class FakeCheckpointer:
     def save(self):
         assert self.learner.window == 0, "gradients of an open window are in no checkpoint"
         self.events.append(f"checkpoint at {self.learner.gradient_steps}")
+
+    def stop_if_asked(self):
+        assert self.learner.window == 0, "gradients of an open window are in no checkpoint"
 
 
 class FakeMetrics:

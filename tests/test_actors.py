@@ -12,6 +12,7 @@ import ray
 from expert_iteration import remote
 from expert_iteration.actors import BackgroundCollector, CollectedBatch, CollectorActor, CollectorClient
 from expert_iteration.pacing import paced_batches
+from expert_iteration.position import Position
 from expert_iteration.remote import ProcessDiedError, Waiting, get_from
 from expert_iteration.sizes import batches_ahead
 from expert_iteration.turns import Turns
@@ -248,7 +249,7 @@ def test_a_limit_never_leaves_the_trainer_waiting_for_nothing(ray_session, make_
     collector = BackgroundCollector(actor, "buffer", len(kept), batches_ahead=ahead, waiting=waiting)
     collector.start()
     counts = Counts()
-    for _ in paced_batches(cfg, collector, counts, counts, counts):
+    for _ in paced_batches(cfg, Position(), collector, counts, counts, counts):
         counts.gradient_steps += 1
     assert counts.gradient_steps == steps
     assert collector.finished

@@ -67,7 +67,7 @@ def make_evaluator(tiny_tokenizer):
 def test_figures_are_those_worked_out_by_hand(make_evaluator, tiny_tokenizer):
     evaluator, _, _ = make_evaluator()
     lengths = [len(tiny_tokenizer(text)["input_ids"]) + 1 for group in SAMPLED for text in group]
-    assert evaluator.evaluate(step=0) == {
+    assert evaluator.evaluate(step=0, pushes=0) == {
         "pass@1": 3 / 6,
         "greedy": 2 / 3,
         "reward": pytest.approx((1 + 0.1 + 0.1 + 0.1 + 1 + 1) / 6),
@@ -80,13 +80,13 @@ def test_figures_are_those_worked_out_by_hand(make_evaluator, tiny_tokenizer):
 
 def test_figures_are_logged_under_eval_with_the_step(make_evaluator):
     evaluator, _, metrics = make_evaluator()
-    figures = evaluator.evaluate(step=12)
+    figures = evaluator.evaluate(step=12, pushes=0)
     assert metrics.logged == [({f"eval/{name}": value for name, value in figures.items()}, 12)]
 
 
 def test_samples_show_the_first_problems_with_all_responses_none_of_them_kept(make_evaluator):
     evaluator, _, metrics = make_evaluator(num_report=2)
-    evaluator.evaluate(step=12)
+    evaluator.evaluate(step=12, pushes=0)
     right = {"text": "2", "reward": 1.0, "correct": True, "kept": False}
     wrong = [{"text": text, "reward": 0.1, "correct": False, "kept": False} for text in "357"]
     assert metrics.shown == [
@@ -103,14 +103,14 @@ def test_samples_show_the_first_problems_with_all_responses_none_of_them_kept(ma
 
 def test_every_problem_is_asked_through_the_chat_template(make_evaluator, tiny_tokenizer):
     evaluator, engine, _ = make_evaluator()
-    evaluator.evaluate(step=0)
+    evaluator.evaluate(step=0, pushes=0)
     asked = [chat_prompt_ids(tiny_tokenizer, SYSTEM_PROMPT, problem.question) for problem in HELDOUT]
     assert [prompts for prompts, _, _ in engine.calls] == [asked, asked]
 
 
 def test_one_call_samples_as_configured_and_one_is_greedy(make_evaluator):
     evaluator, engine, _ = make_evaluator()
-    evaluator.evaluate(step=0)
+    evaluator.evaluate(step=0, pushes=0)
     assert [sampling for _, sampling, _ in engine.calls] == [
         Sampling(max_tokens=9, temperature=0.7, top_p=0.9, num_samples=2),
         Sampling(max_tokens=9, temperature=0.0, top_p=1.0, num_samples=1),
@@ -119,19 +119,19 @@ def test_one_call_samples_as_configured_and_one_is_greedy(make_evaluator):
 
 def test_every_evaluation_of_a_run_draws_from_the_same_random_states(make_evaluator):
     evaluator, engine, _ = make_evaluator(seed=1)
-    evaluator.evaluate(step=0)
-    evaluator.evaluate(step=50)
+    evaluator.evaluate(step=0, pushes=0)
+    evaluator.evaluate(step=50, pushes=0)
     first, second = engine.calls[:2], engine.calls[2:]
     assert first == second
     other, other_engine, _ = make_evaluator(seed=2)
-    other.evaluate(step=0)
+    other.evaluate(step=0, pushes=0)
     assert other_engine.calls[0][2] != first[0][2]
 
 
 def test_responses_are_judged_and_shown_without_special_tokens(make_evaluator):
     evaluator, engine, metrics = make_evaluator()
     assert END in engine.tokenizer.decode(engine.sample([], Sampling(9), 0)[0][0].token_ids)
-    assert evaluator.evaluate(step=0)["pass@1"] > 0
+    assert evaluator.evaluate(step=0, pushes=0)["pass@1"] > 0
     ((rows, _, _),) = metrics.shown
     assert not [response for row in rows for response in row["responses"] if "<|" in response["text"]]
 
