@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,16 @@ from expert_iteration.actors import (
     ReferenceClient,
 )
 from expert_iteration.cluster import start_actor
-from expert_iteration.config import Config, InferenceBackend, Parallel, Selection, learning_rate, num_references
+from expert_iteration.config import (
+    Config,
+    InferenceBackend,
+    Parallel,
+    RestartFrom,
+    Selection,
+    learning_rate,
+    num_engines,
+    num_references,
+)
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation, parallel_kind
 from expert_iteration.engine import Engine, Sampling
 from expert_iteration.engine_client import CONCURRENCY_GROUPS, EngineActor, EngineClient, EnginePool
@@ -37,7 +46,7 @@ from expert_iteration.model_shape import read_model_shape
 from expert_iteration.models import load_model, load_tokenizer, model_path
 from expert_iteration.places import Places, given
 from expert_iteration.remote import Waiting
-from expert_iteration.run_directory import log_file, process_name, timeline_file
+from expert_iteration.run_directory import BATCH_METRIC, EXPERT_SET_FOLDER, log_file, process_name, timeline_file
 from expert_iteration.schedule import KLSchedule, create_cosine_scheduler_with_warmup, make_scheduler
 from expert_iteration.seeds import derive_seed
 from expert_iteration.sizes import batches_ahead, derive_sizes, responses_per_gradient_step
@@ -56,11 +65,13 @@ if TYPE_CHECKING:
     from expert_iteration.learner import Learner, StepResult
     from expert_iteration.metrics import Metrics
     from expert_iteration.policy_reader import PolicyReader
+    from expert_iteration.reference_update import LoadableReference, ReferenceUpdater
     from expert_iteration.replay_buffer import BufferReader
     from expert_iteration.sampler import RewardPrioritizedSampler
     from expert_iteration.train_ranks import RankGroup
     from expert_iteration.weight_transport import WeightTransport
     from expert_iteration.weight_update import WeightUpdater
+    from expert_iteration.without_engine import ExpertSetCollector, NoEvaluator, NoWeightUpdater
 
 __all__ = [
     "RemoteDataLogger",
@@ -79,6 +90,7 @@ __all__ = [
     "make_evaluator",
     "make_learner",
     "make_policy_reader",
+    "make_reference_updater",
     "make_replay_buffer",
     "make_sampler",
     "make_weight_updater",
@@ -99,11 +111,12 @@ class RemoteDataLogger:
 
     def __init__(self, log_queue: Any) -> None:
         self.log_queue = log_queue
-        self._dropped_records = 0
+        self._batches = self._dropped_records = 0
         self._last_time: float | None = None
 
     def __call__(self, data: TensorDictBase) -> TensorDictBase:
         """Log a batch and hand it on unchanged."""
+        self._batches += 1
         self.log_data(data)
         return data
 
@@ -132,7 +145,8 @@ class RemoteDataLogger:
         )
 
     def send(self, record: dict[str, float]) -> None:
-        """Queue a record without ever waiting for room."""
+        """Queue a record without ever waiting for room; `collector/batch` says to which batch it belongs."""
+        record[BATCH_METRIC] = float(self._batches)
         record["collector/dropped_records"] = float(self._dropped_records)
         while True:
             try:
@@ -141,6 +155,14 @@ class RemoteDataLogger:
             except Full:
                 self._drop_oldest()
                 record["collector/dropped_records"] = float(self._dropped_records)
+
+    def state_dict(self) -> dict[str, int]:
+        """What was counted so far."""
+        return {"batches": self._batches, "dropped_records": self._dropped_records}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on counting from `state_dict`."""
+        self._batches, self._dropped_records = state["batches"], state["dropped_records"]
 
     def _drop_oldest(self) -> None:
         try:
@@ -181,6 +203,7 @@ def log_training_metrics(
         policy_age=statistics.fmean(ages),
         max_policy_age=max(ages),
         steps_per_second=learner.gradient_steps / learner.seconds,
+        tokens_per_second=learner.tokens_trained / learner.seconds,
         gradient_steps_per_write=learner.gradient_steps / writes,
         optim_steps_per_write=learner.optimizer_steps / writes,
         **buffer,
@@ -236,7 +259,7 @@ def get_train_model(cfg: Config, allocation: DeviceAllocation) -> nn.Module:
 
 def get_inference_model(cfg: Config, places: Places, run_dir: Path) -> EnginePool:
     """Start the engines with the start model, each in an actor of its own; returns at once, they load meanwhile."""
-    count = cfg.inference_model.num_replicas
+    count = num_engines(cfg)
     replicas = []
     for index in range(count):
         name = process_name("engine", index, count)
@@ -255,16 +278,20 @@ def get_inference_model(cfg: Config, places: Places, run_dir: Path) -> EnginePoo
 def make_engine(cfg: Config, allocation: DeviceAllocation) -> Engine:
     """What an engine's actor consists of; called in its process."""
     path, trust = model_path(cfg), cfg.model.trust_remote_code
+    # An engine that is only evaluated is sent nothing.
+    lora = cfg.train_model.lora if cfg.weight_update.lora_only and not cfg.eval.only else None
     if cfg.inference_model.backend is InferenceBackend.transformers:
         from expert_iteration.transformers_engine import TransformersEngine
 
         return TransformersEngine(
             path,
             cfg.inference_model,
-            batch_size=derive_sizes(cfg).num_envs,
+            # Not capped at the collection's batch: of it depends which response gets which random numbers, and an
+            # evaluation alone should repeat that of a run.
+            batch_size=cfg.env.num_envs,
             device="cuda" if allocation["inference_model_devices"] else "cpu",
             trust_remote_code=trust,
-            lora=cfg.train_model.lora if cfg.weight_update.lora_only else None,
+            lora=lora,
         )
     from expert_iteration.gpu_transport import Way, choose_way
     from expert_iteration.receiving_engine import ReceivingVLLMEngine
@@ -277,7 +304,7 @@ def make_engine(cfg: Config, allocation: DeviceAllocation) -> Engine:
         cfg.inference_model,
         seed=derive_seed(cfg.seed, "engine"),
         trust_remote_code=trust,
-        lora=cfg.train_model.lora if cfg.weight_update.lora_only else None,
+        lora=lora,
         weight_backend=way.value if is_sent_to else None,
         sleeps=allocation["sleeps"],
         memory_share=engine_memory_share(cfg, allocation, shape, sizes),
@@ -312,8 +339,8 @@ def get_ref_model(cfg: Config, places: Places, run_dir: Path) -> ReferenceClient
     return ReferenceClient(actors) if actors else None
 
 
-def make_env(cfg: Config, task: Task, tokenizer: Any) -> DatasetChatEnv:
-    """The chat environment of the task; edit it to add transforms of your own."""
+def make_env(cfg: Config, task: Task, tokenizer: Any, first_group: int = 0) -> DatasetChatEnv:
+    """The chat environment of the task, from the `first_group`-th prompt on; edit it to add transforms of your own."""
     from expert_iteration.environment import make_task_env
 
     return make_task_env(
@@ -322,6 +349,7 @@ def make_env(cfg: Config, task: Task, tokenizer: Any) -> DatasetChatEnv:
         num_envs=derive_sizes(cfg).num_envs,
         repeats=cfg.env.repeats,
         seed=derive_seed(cfg.seed, "data"),
+        first_group=first_group,
     )
 
 
@@ -359,30 +387,55 @@ def make_sampler(cfg: Config, capacity: int) -> Callable[[], RewardPrioritizedSa
 
 
 def start_collector(
-    cfg: Config, task: Task, engine: EnginePool, reference: ReferenceClient | None, log_queue: Any, run_dir: Path
+    cfg: Config,
+    task: Task,
+    engine: EnginePool,
+    reference: ReferenceClient | None,
+    log_queue: Any,
+    run_dir: Path,
+    state: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Start the collector's actor; returns its handle at once."""
+    """Start the collector's actor, from `ExpertCollector.state_dict` if given; returns its handle at once.
+
+    None where there is no engine to collect from.
+    """
+    if not num_engines(cfg):
+        return None
     return start_actor(
         CollectorActor,
         given(cfg.ray.collector_config),
-        partial(make_collector, cfg, task, engine, reference, log_queue),
+        partial(make_collector, cfg, task, engine, reference, log_queue, run_dir, state),
         log_file(run_dir, "collector"),
         timeline_file(run_dir, timeline.COLLECTOR),
     )
 
 
 def get_collector_client(
-    cfg: Config, actor: Any, replay_buffer: Any, waiting: Waiting, turns: Turns
-) -> CollectorClient | BackgroundCollector:
-    """The trainer's view of the collector: batch after batch, or in the background.
+    cfg: Config,
+    task: Task,
+    actor: Any,
+    reference: ReferenceClient | None,
+    replay_buffer: Any,
+    waiting: Waiting,
+    turns: Turns,
+) -> CollectorClient | BackgroundCollector | ExpertSetCollector:
+    """The trainer's view of the collector: batch after batch, or in the background; or an expert set as one batch.
 
     Args:
         cfg: decides which, and how many batches.
+        task: has the expert set.
         actor: from `start_collector`.
+        reference: scores the expert set.
         replay_buffer: a client of the buffer, for the collector to write into.
         waiting: how to wait for a batch.
         turns: of engine and trainer on an accelerator that they share.
     """
+    from expert_iteration.reference import RetrieveLogProb
+    from expert_iteration.without_engine import ExpertSetCollector
+
+    if not num_engines(cfg):
+        retrieve_log_prob = None if reference is None else RetrieveLogProb(reference.score)
+        return ExpertSetCollector(task.examples, replay_buffer, retrieve_log_prob)
     num_batches = derive_sizes(cfg).num_batches
     if cfg.train.sync:
         # The engine generates the next batch while the learner trains on this one.
@@ -392,10 +445,17 @@ def get_collector_client(
 
 
 def make_collector(
-    cfg: Config, task: Task, engine: EnginePool, reference: ReferenceClient | None, log_queue: Any
+    cfg: Config,
+    task: Task,
+    engine: EnginePool,
+    reference: ReferenceClient | None,
+    log_queue: Any,
+    run_dir: Path,
+    state: Mapping[str, Any] | None = None,
 ) -> ExpertCollector:
     """What the collector's actor consists of; called in its process."""
     from expert_iteration.collector import ExpertCollector
+    from expert_iteration.expert_set import ExpertSetWriter
     from expert_iteration.policy import EnginePolicy
     from expert_iteration.reference import RetrieveLogProb
     from expert_iteration.selection import TopKRewardSelector
@@ -403,7 +463,6 @@ def make_collector(
     tokenizer = get_tokenizer(cfg)
     sizes = derive_sizes(cfg)
     inference = cfg.inference_model
-    data_logger = RemoteDataLogger(log_queue)
     return ExpertCollector(
         make_env=partial(make_env, cfg, task, tokenizer),
         policy=EnginePolicy(
@@ -421,11 +480,14 @@ def make_collector(
             seed=derive_seed(cfg.seed, "selection"),
         ),
         retrieve_log_prob=None if reference is None else RetrieveLogProb(reference.score),
-        postproc=data_logger,
-        log_record=data_logger.send,
+        postproc=RemoteDataLogger(log_queue),
         dialog_turns_per_batch=sizes.turns_per_batch,
         num_batches=sizes.num_batches,
         num_sample_groups=cfg.logging.num_samples,
+        expert_set=ExpertSetWriter(run_dir / EXPERT_SET_FOLDER, task, token_ids=cfg.expert_set.token_ids)
+        if cfg.expert_set.save
+        else None,
+        state=state,
     )
 
 
@@ -508,6 +570,7 @@ def make_learner(
         kl_schedule=KLSchedule(kl_start, kl_to_ref_schedule.end, kl_to_ref_schedule.type) if kl_start else None,
         parallel=parallel,
         reference=make_adapter_reference(cfg, policy, log_prob_model, ranks) if rank == 0 else None,
+        keep_start=cfg.train.restart_from is RestartFrom.base,
     )
 
 
@@ -552,9 +615,28 @@ def make_weight_transport(cfg: Config, allocation: DeviceAllocation, engine: Eng
     return GpuTransport(engine, connect, dtype, timeout=cfg.weight_update.timeout)
 
 
+def make_reference_updater(cfg: Config, reference: LoadableReference | None, reader: PolicyReader) -> ReferenceUpdater:
+    """What makes the policy the reference now and then, if it is to be (`ref_model.refresh_every`)."""
+    from expert_iteration.reference_update import ReferenceUpdater
+
+    return ReferenceUpdater(
+        reference,
+        reader,
+        dtype=getattr(torch, cfg.ref_model.torch_dtype.value),
+        every=cfg.ref_model.refresh_every,
+        timeout=cfg.weight_update.timeout,
+    )
+
+
 def make_weight_updater(
-    cfg: Config, allocation: DeviceAllocation, engine: EnginePool, reader: PolicyReader, task: Task, tokenizer: Any
-) -> WeightUpdater:
+    cfg: Config,
+    allocation: DeviceAllocation,
+    engine: EnginePool,
+    reader: PolicyReader,
+    reference: ReferenceUpdater,
+    task: Task,
+    tokenizer: Any,
+) -> WeightUpdater | NoWeightUpdater:
     """What pushes the policy's weights to the engines: `push_weights(policy_training)`.
 
     Args:
@@ -562,16 +644,22 @@ def make_weight_updater(
         allocation: which model has which devices.
         engine: the engines' client.
         reader: of the policy.
+        reference: is given the weights too, now and then.
         task: its held-out problems make the probe.
         tokenizer: of the model.
     """
     from expert_iteration.evaluation import probe_sequences
     from expert_iteration.weight_update import WeightUpdater
+    from expert_iteration.without_engine import NoWeightUpdater
+
+    if not num_engines(cfg):
+        return NoWeightUpdater()
 
     return WeightUpdater(
         engine,
         make_weight_transport(cfg, allocation, engine),
         reader,
+        reference=reference,
         probe=probe_sequences(tokenizer, task.heldout, task.system_prompt),
         adapters_only=cfg.weight_update.lora_only,
         is_quantized=cfg.train_model.quantization.enabled,
@@ -581,18 +669,50 @@ def make_weight_updater(
     )
 
 
-def make_evaluator(cfg: Config, engine: EnginePool, task: Task, tokenizer: Any, metrics: Metrics) -> Evaluator:
-    """Evaluation of the engine's policy on held-out prompts."""
-    from expert_iteration.evaluation import Evaluator
+def make_evaluator(
+    cfg: Config,
+    engine: EnginePool,
+    task: Task,
+    tokenizer: Any,
+    metrics: Metrics,
+    *,
+    on_best: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Evaluator | NoEvaluator:
+    """Evaluation of the engine's policy on held-out prompts.
 
-    sampled = Sampling(
-        max_tokens=cfg.inference_model.max_tokens,
-        temperature=cfg.eval.temperature,
-        top_p=cfg.inference_model.top_p,
-        num_samples=cfg.eval.num_samples,
-    )
+    Args:
+        cfg: the `eval` section, and how responses are sampled.
+        engine: the engines' client.
+        task: its held-out problems.
+        tokenizer: of the model.
+        metrics: where figures go.
+        on_best: called when a trained policy is the best so far.
+        say: shows a line to the user.
+    """
+    from expert_iteration.best import Best
+    from expert_iteration.evaluation import Evaluator
+    from expert_iteration.without_engine import NoEvaluator
+
+    if not num_engines(cfg):
+        return NoEvaluator()
     return Evaluator(
-        engine, tokenizer, task, sampled, seed=cfg.seed, metrics=metrics, num_report=cfg.logging.num_samples
+        engine,
+        tokenizer,
+        task,
+        Sampling(
+            max_tokens=cfg.inference_model.max_tokens,
+            temperature=cfg.eval.temperature,
+            top_p=cfg.inference_model.top_p,
+            num_samples=cfg.eval.num_samples,
+        ),
+        k=cfg.eval.k or cfg.eval.num_samples,
+        best=Best(cfg.eval.metric, cfg.train.stop_patience),
+        on_best=on_best,
+        seed=cfg.seed,
+        metrics=metrics,
+        num_report=cfg.logging.num_samples,
+        say=say,
     )
 
 

@@ -4,7 +4,7 @@
     python expert-iteration-sync.py mode=sync --config-name ei_tiny     # a tiny model, on a CPU
 
 Unlike the textbook's, the policy goes on from where it stands after each batch, not from the start model; a KL penalty
-in the loss holds it near that model.
+in the loss holds it near that model. train.restart_from=base is the textbook's.
 
 Any key of `config/` may be overridden on the command line, e.g. `train.topk_size=8`; `--cfg job` shows what results.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from expert_iteration import cli
 from expert_iteration.cadence import is_due
-from expert_iteration.config import Config
+from expert_iteration.config import Config, RestartFrom, empties_buffer
 from expert_iteration.sizes import optimizer_steps_of_batch
 
 if TYPE_CHECKING:
@@ -69,12 +69,14 @@ def train(
     if evaluator.is_pending:  # before training, or where a run was interrupted in the middle of an evaluation
         evaluator.evaluate(learner.gradient_steps, weight_updater.pushes)
     for data in collector:  # Data collection loop
-        metrics.drain(learner.gradient_steps)
+        if not data.is_resumed:
+            metrics.drain(learner.gradient_steps)
         if not data.responses_kept:
             continue
         if not data.is_resumed:
             position.epoch = 0
-            learner.plan(optimizer_steps_of_batch(cfg, len(replay_buffer)), until=data.progress)
+            begin = learner.restart if cfg.train.restart_from is RestartFrom.base else learner.plan
+            begin(optimizer_steps_of_batch(cfg, len(replay_buffer)), until=data.progress)
         while position.epoch < cfg.train.epochs:  # Epoch loop
             for batch in replay_buffer:  # Buffer consumption loop (only top-k responses)
                 result = learner.step(batch)
@@ -84,7 +86,7 @@ def train(
         if (last := learner.flush()).stepped:
             metrics.training(last, optim_step=learner.optimizer_steps)
             after(last)
-        if cfg.train.empty_replay_buffer:
+        if empties_buffer(cfg):
             replay_buffer.empty(empty_write_count=False)
         if cfg.train.weight_update_frequency is None and position.pushed_at < learner.optimizer_steps:
             push_weights()

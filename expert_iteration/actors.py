@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from expert_iteration import timeline
@@ -20,6 +20,8 @@ from expert_iteration.turns import Turns
 
 if TYPE_CHECKING:
     import torch
+
+    from expert_iteration.packed_weights import ObjectStoreWeights, PackedWeights
 
 
 @dataclass(frozen=True)
@@ -87,23 +89,50 @@ class CollectorClient:
         self._overlap = overlap
         self._waiting = waiting
         self._turns = turns
+        self._num_written = 0
+        self._current: CollectedBatch | None = None  # that the caller works on
+        self._collecting: Any = None  # the call under way
 
     def __iter__(self) -> Iterator[CollectedBatch]:
+        if self._current is not None:
+            self._overlap_next()
+            yield replace(self._current, is_resumed=True)
+            self._current = None
         since, num_empty = time.monotonic(), 0
-        for index in range(self._num_batches):
-            if index == 0 or not self._overlap:
+        while self._num_written < self._num_batches:
+            if self._collecting is None:
                 self._turns.to_engine()
-                collected = self._actor.collect.remote()
+                self._collecting = self._actor.collect.remote()
             with _waiting_for_data():
-                self._waiting.wait(collected, since, kept_nothing(num_empty))
-            get_from("collector", collected)
+                self._waiting.wait(self._collecting, since, kept_nothing(num_empty))
+            get_from("collector", self._collecting)
             batch = get_from("collector", self._actor.write.remote(self._replay_buffer))
-            if self._overlap and index + 1 < self._num_batches:
-                collected = self._actor.collect.remote()
+            self._collecting, self._current = None, batch
+            self._num_written += 1
+            self._overlap_next()
             yield batch
+            self._current = None
             num_empty = 0 if batch.responses_kept else num_empty + 1
             if batch.responses_kept:
                 since = time.monotonic()
+
+    def _overlap_next(self) -> None:
+        if self._overlap and self._num_written < self._num_batches:
+            self._collecting = self._actor.collect.remote()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batches that were written, and the one that is worked on; what is under way is collected again."""
+        return {"num_written": self._num_written, "current": None if self._current is None else asdict(self._current)}
+
+    def load_state_dict(self, state: Mapping[str, Any], writer_state: Mapping[str, Any] | None) -> None:
+        """Go on from `state_dict`: the iteration begins with the batch that was worked on, as `is_resumed`.
+
+        Args:
+            state: from there.
+            writer_state: of the collector, which goes on by itself where this does.
+        """
+        self._num_written = state["num_written"]
+        self._current = None if state["current"] is None else CollectedBatch(**state["current"])
 
 
 class BackgroundCollector:
@@ -131,12 +160,13 @@ class BackgroundCollector:
         self._waiting = waiting
         self._calls: deque[Any] = deque()
         self._num_called = 0
+        self._unseen: list[CollectedBatch] = []  # of an earlier run, in the buffer before the trainer heard of them
         self.latest: CollectedBatch | None = None
 
     @property
     def finished(self) -> bool:
         """Whether every batch of the run has arrived."""
-        return self._num_called == self._num_batches and not self._calls
+        return self._num_called == self._num_batches and not self._calls and not self._unseen
 
     def start(self) -> None:
         """Begin to collect."""
@@ -146,7 +176,9 @@ class BackgroundCollector:
         """The batches whose rows came to lie in the buffer since the last call. Does not wait."""
         import ray
 
-        batches = []
+        batches, self._unseen = self._unseen, []
+        if batches:
+            self.latest = batches[-1]
         while self._calls and ray.wait([self._calls[0]], timeout=0)[0]:
             self.latest = get_from("collector", self._calls.popleft())
             batches.append(self.latest)
@@ -173,6 +205,28 @@ class BackgroundCollector:
         """Show a line to the user."""
         self._waiting.say(text)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The batches that the trainer has heard of, in number, and the last of them."""
+        return {
+            "num_seen": self._num_called - len(self._calls) - len(self._unseen),
+            "latest": None if self.latest is None else asdict(self.latest),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], writer_state: Mapping[str, Any] | None) -> None:
+        """Go on from `state_dict`.
+
+        Args:
+            state: from there.
+            writer_state: of the collector, from the buffer that was saved with it: batches that lie in it and that the
+                trainer had not heard of yet arrive first. None: nothing had been written.
+        """
+        self.latest = None if state["latest"] is None else CollectedBatch(**state["latest"])
+        if writer_state is not None:
+            self._num_called = writer_state["num_written"]
+            num_unseen = self._num_called - state["num_seen"]
+            last_written = [CollectedBatch(**batch) for batch in writer_state["last_written"]]
+            self._unseen = last_written[len(last_written) - num_unseen :]
+
 
 def kept_nothing(num_batches: int) -> str | None:
     """Why there is nothing to train on where so many batches came in vain; None for 0."""
@@ -193,10 +247,10 @@ def _waiting_for_data() -> Iterator[None]:
 
 
 class ReferenceActor:
-    """The frozen start model in a process of its own.
+    """The reference in a process of its own.
 
     Args:
-        load_model: loads it there.
+        load_model: loads the start model there.
         micro_batch_size: rows scored at once.
         log_path: where this process's output goes.
     """
@@ -211,6 +265,10 @@ class ReferenceActor:
     def score(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         """See `ReferenceScorer.score`."""
         return self._scorer.score(rows)
+
+    def load(self, weights: ObjectStoreWeights) -> None:
+        """See `ReferenceScorer.load`."""
+        self._scorer.load(weights.get())
 
 
 class ReferenceClient:
@@ -237,3 +295,24 @@ class ReferenceClient:
         for name, (share, call) in calls.items():
             scored.update(zip(share, get_from(name, call), strict=True))
         return [scored[index] for index in range(len(rows))]
+
+    def load(self, weights: PackedWeights, timeout: float) -> None:
+        """Have every replica score with these weights from now on; each loads them between two scorings.
+
+        Raises:
+            TimeoutError: one has not loaded them within `timeout` seconds.
+        """
+        from ray.exceptions import GetTimeoutError
+
+        from expert_iteration.packed_weights import ObjectStoreWeights
+
+        since, stored = time.monotonic(), ObjectStoreWeights.put(weights)
+        calls = {name: actor.load.remote(stored) for name, actor in self.actors.items()}
+        for name, call in calls.items():
+            try:
+                get_from(name, call, max(0.0, since + timeout - time.monotonic()))
+            except GetTimeoutError as error:
+                raise TimeoutError(
+                    f"{name} has not loaded the policy's weights within weight_update.timeout={timeout:g} s "
+                    f"(logs/{name}.log): raise weight_update.timeout if it is only slow."
+                ) from error

@@ -5,7 +5,7 @@ The adapters begin as nothing and the base is frozen, so the base is the start m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,6 +59,14 @@ class AdapterReference:
         for row in rows:
             row.set(REF_LOG_PROBS_KEY, known[_id(row)])
         return batch
+
+    def state_dict(self) -> dict[int, torch.Tensor]:
+        """The log-probs that are kept, by response id; scored in another micro-batch their last digits would differ."""
+        return dict(self._log_probs)
+
+    def load_state_dict(self, state: Mapping[int, torch.Tensor]) -> None:
+        """Go on with what `state_dict` gave."""
+        self._log_probs = dict(state)
 
     def _score_rows(self, rows: dict[int, TensorDictBase]) -> dict[int, torch.Tensor]:
         """Score the rows, by response id, and keep what comes out."""

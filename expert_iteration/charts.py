@@ -5,10 +5,20 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from expert_iteration.report_series import (
+    ACCEPTED,
+    COLLECT_SPEED,
+    GROUPS_EQUAL,
+    Point,
+    Series,
+    running_mean,
+    thin,
+)
 
 OVER_BATCHES, OVER_STEPS = "batch collected", "gradient step"
 MAX_POINTS = 200  # per curve: more cannot be seen and would make the page heavy
@@ -16,6 +26,7 @@ MAX_MARKED_POINTS = 40
 
 # Two curves differ in colour (also to colour-blind readers), dash and marker.
 COLORS, DASHES, MARKERS = ("#1f5fa8", "#c8590c"), ("-", "--"), (("o", "●"), ("s", "■"))
+FAINT = 0.3  # opacity of the numbers as they were logged, behind their smoothed curve
 CHART_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
@@ -24,6 +35,7 @@ CHART_STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.edgecolor": "#777777",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "svg.fonttype": "none",  # text stays text: sharp, selectable, small
     "svg.hashsalt": "report",  # the same run gives the same page
@@ -40,40 +52,60 @@ class Chart:
     over: str
     limits: tuple[float | None, float | None] = (None, None)
     if_constant: bool = True  # whether it is worth its place when nothing in it changes
+    if_single: bool = True  # and when it has a single point
+    is_smoothed: bool = True  # whether what is drawn strongly is a running mean
+    errors: Mapping[str, str] = field(default_factory=dict)  # metrics that are the standard errors of others
 
 
 ACCURACY = {"eval/pass@1": "pass@1 (sampled)", "eval/greedy": "greedy"}
 LOSSES = {"train/loss": "total", "train/loss_sft": "imitation (SFT)"}
+SELECTION = {ACCEPTED: "responses kept", GROUPS_EQUAL: "groups of equal rewards"}
 AGES = {"train/policy_age": "mean", "train/max_policy_age": "oldest"}
+SPEEDS = {COLLECT_SPEED: "collected", "train/tokens_per_second": "trained, mean so far"}
 KL_COEFFICIENT = {"train/kl_to_ref_coeff": "coefficient"}
+FORM = {"eval/format_rate": "well-formed", "eval/truncation_rate": "truncated"}
 CHARTS = (
-    Chart("Held-out accuracy", "share correct", ACCURACY, OVER_STEPS, (0.0, 1.0)),
+    Chart(
+        "Held-out accuracy",
+        "share correct",
+        ACCURACY,
+        OVER_STEPS,
+        (0.0, 1.0),
+        if_single=False,  # the table at the top of the page has it
+        is_smoothed=False,
+        errors={"eval/pass@1": "eval/pass@1_stderr"},
+    ),
+    Chart("Form of held-out responses", "share", FORM, OVER_STEPS, (0.0, 1.0), is_smoothed=False, if_constant=False),
     Chart("Reward of collected responses", "mean reward", {"collector/rewards/mean": "reward"}, OVER_BATCHES),
-    Chart("KL to the start model", "nats per token", {"train/kl_to_ref": "KL"}, OVER_STEPS, (0.0, None)),
+    Chart("KL to the reference", "nats per token", {"train/kl_to_ref": "KL"}, OVER_STEPS, (0.0, None)),
+    Chart("Entropy of the policy", "nats per token", {"train/entropy": "entropy"}, OVER_STEPS, (0.0, None)),
     Chart("Loss", "nats per token", LOSSES, OVER_STEPS),
     Chart("Response length", "mean tokens", {"collector/response_length/mean": "length"}, OVER_BATCHES, (0.0, None)),
-    Chart("Kept responses per batch", "responses", {"selection/batch_kept": "kept"}, OVER_BATCHES, (0.0, None)),
-    Chart("Age of trained responses", "weight pushes", AGES, OVER_STEPS, (0.0, None)),
-    Chart("KL coefficient", "weight in the loss", KL_COEFFICIENT, OVER_STEPS, (0.0, None), if_constant=False),
+    Chart(
+        "Truncated responses",
+        "share of a batch",
+        {"collector/truncation_rate": "truncated"},
+        OVER_BATCHES,
+        (0.0, None),
+        if_constant=False,
+    ),
+    Chart("Selection", "share of a batch", SELECTION, OVER_BATCHES, (0.0, 1.0)),
+    Chart("Age of trained responses", "weight pushes", AGES, OVER_STEPS, (0.0, None), if_constant=False),
+    Chart("Throughput", "tokens per second", SPEEDS, OVER_STEPS, (0.0, None)),
+    Chart("KL coefficient", "weight in the loss", KL_COEFFICIENT, OVER_STEPS, if_constant=False, is_smoothed=False),
 )
-
-
-class Point(NamedTuple):
-    """A number of metrics.jsonl and the gradient step of its line."""
-
-    step: int
-    value: float
+CHART_METRICS = frozenset(name for chart in CHARTS for name in (*chart.curves, *chart.errors.values()))
 
 
 class Curve(NamedTuple):
-    """A drawn metric as the legend under its chart shows it."""
+    """A drawn metric as the legend under its chart shows it: ends of what is drawn strongly."""
 
     label: str
     color: str
     marker: str
     first: float
     last: float
-    mean_of: int  # numbers behind each point
+    mean_of: int  # numbers behind each point of it
 
 
 class Figure(NamedTuple):
@@ -84,23 +116,12 @@ class Figure(NamedTuple):
     svg: str
 
 
-def collect_series(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """The numbers that the charts show, by name, in the order of the lines of metrics.jsonl; nulls are left out."""
-    wanted = {name for chart in CHARTS for name in chart.curves}
-    series: dict[str, list[Point]] = {}
-    for line in lines:
-        for name in wanted & line.keys():
-            if line[name] is not None:
-                series.setdefault(name, []).append(Point(line["step"], line[name]))
-    return series
+def draw_all(series: Series) -> list[Figure]:
+    """The charts of a run, without those that are not worth their place."""
+    return [draw(chart, series) for chart in CHARTS if _is_worth_its_place(chart, series)]
 
 
-def draw_all(series: Mapping[str, Sequence[Point]]) -> list[Figure]:
-    """The charts of a run, without those that only matter when something in them changes, and nothing does."""
-    return [draw(chart, series) for chart in CHARTS if chart.if_constant or _varies(chart, series)]
-
-
-def draw(chart: Chart, series: Mapping[str, Sequence[Point]]) -> Figure:
+def draw(chart: Chart, series: Series) -> Figure:
     """A chart as SVG that refers to nothing outside itself."""
     with open_canvas(height=2.6) as canvas:
         from matplotlib.ticker import MaxNLocator
@@ -111,6 +132,7 @@ def draw(chart: Chart, series: Mapping[str, Sequence[Point]]) -> Figure:
             points = series.get(name)
             if points:
                 curves.append(_plot(axes, chart, points, index, label))
+                _plot_errors(axes, points, series.get(chart.errors.get(name, ""), ()), index)
         if not curves:
             return Figure(chart, [], "")
         axes.set(xlabel=chart.over, ylabel=chart.unit)
@@ -142,21 +164,21 @@ def to_svg(canvas: Any) -> str:
     return svg[svg.index("<svg") :]
 
 
-def thin(values: Sequence[float], size: int) -> list[float]:
-    """The means of each `size` neighbours; the last may have fewer."""
-    chunks = [values[start : start + size] for start in range(0, len(values), size)]
-    return [sum(chunk) / len(chunk) for chunk in chunks]
-
-
-def _varies(chart: Chart, series: Mapping[str, Sequence[Point]]) -> bool:
-    return any(len({point.value for point in series.get(name, ())}) > 1 for name in chart.curves)
+def _is_worth_its_place(chart: Chart, series: Series) -> bool:
+    curves = [series.get(name, ()) for name in chart.curves]
+    varies = any(len({point.value for point in points}) > 1 for points in curves)
+    return (chart.if_constant or varies) and (chart.if_single or max(map(len, curves)) != 1)
 
 
 def _plot(axes: Any, chart: Chart, points: Sequence[Point], index: int, label: str) -> Curve:
-    """Draw the `index`-th curve of a chart."""
+    """Draw the `index`-th curve of a chart: its numbers as they are, and over them, if they are many, their means."""
     size = math.ceil(len(points) / MAX_POINTS)
-    xs = thin([point.step if chart.over == OVER_STEPS else number for number, point in enumerate(points, 1)], size)
-    ys = thin([point.value for point in points], size)
+    places = [point.step if chart.over == OVER_STEPS else number for number, point in enumerate(points, 1)]
+    values = [point.value for point in points]
+    means, width = running_mean(values) if chart.is_smoothed else (values, 1)
+    xs, ys = thin(places, size), thin(means, size)
+    if width > 1:
+        _plot_faintly(axes, xs, values, size, COLORS[index])
     marker, character = MARKERS[index]
     axes.plot(
         xs,
@@ -164,11 +186,28 @@ def _plot(axes: Any, chart: Chart, points: Sequence[Point], index: int, label: s
         color=COLORS[index],
         linestyle=DASHES[index],
         linewidth=1.8,
-        marker=marker if len(xs) <= MAX_MARKED_POINTS else None,
+        marker=marker if len(xs) <= MAX_MARKED_POINTS and width == 1 else None,
         markersize=4,
         clip_on=False,  # a marker on the frame is shown whole
     )
-    return Curve(label, COLORS[index], character, ys[0], ys[-1], size)
+    return Curve(label, COLORS[index], character, ys[0], ys[-1], max(size, width))
+
+
+def _plot_faintly(axes: Any, xs: Sequence[float], values: Sequence[float], size: int, color: str) -> None:
+    """The numbers themselves; of more than can be seen, the range of each `size` neighbours."""
+    if size == 1:
+        axes.plot(xs, values, color=color, alpha=FAINT, linewidth=1.0)
+        return
+    chunks = [values[start : start + size] for start in range(0, len(values), size)]
+    axes.fill_between(xs, [min(chunk) for chunk in chunks], [max(chunk) for chunk in chunks], color=color, alpha=FAINT)
+
+
+def _plot_errors(axes: Any, points: Sequence[Point], errors: Sequence[Point], index: int) -> None:
+    """Bars of a standard error to either side; nothing where errors are not known for all points."""
+    if len(errors) == len(points):
+        xs, ys = [point.step for point in points], [point.value for point in points]
+        sizes = [error.value for error in errors]
+        axes.errorbar(xs, ys, sizes, fmt="none", ecolor=COLORS[index], elinewidth=1.0, capsize=2.5)
 
 
 def _set_limits(axes: Any, limits: tuple[float | None, float | None]) -> None:

@@ -28,7 +28,9 @@ from expert_iteration.effects import settings_without_effect
 from expert_iteration.errors import UserError
 from expert_iteration.hub import check_model_available
 from expert_iteration.installation import check_installation
+from expert_iteration.interruption import Interrupted
 from expert_iteration.resolve import resolve_config
+from expert_iteration.resume_command import continue_command
 from expert_iteration.sweep import SweepTable, share_group
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "config"
@@ -42,7 +44,8 @@ Main = Callable[[Config, Path], None]
 def run(main: Main, mode: str) -> NoReturn:
     """Runs a script's `main` under Hydra with the process's arguments, and exits.
 
-    The exit code is 0, 1 after any failed job (the other jobs of a sweep have run), or 130 after Ctrl-C.
+    The exit code is 0, 1 after any failed job (the other jobs of a sweep have run), or after a signal 128 and its
+    number: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1.
     """
     sys.exit(launch(main, mode, sys.argv[1:]))
 
@@ -73,9 +76,10 @@ def launch(main: Main, mode: str, arguments: Sequence[str]) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _print_failure(error)
         return 1
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        interrupted = error if isinstance(error, Interrupted) else Interrupted()
+        print(f"Interrupted ({interrupted}).", file=sys.stderr)
+        return interrupted.exit_code
     finally:
         if table:
             print(table.to_text())
@@ -108,7 +112,8 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     `--cfg` together with `--multirun`, which here shows the first job of the sweep.
 
     Raises:
-        UserError: an override of an unknown key, however it is written (`key=`, `+key=`, `++key=`, `~key`).
+        UserError: an override of an unknown key, however it is written (`key=`, `+key=`, `++key=`, `~key`), or a
+            `resume_from` that leads nowhere.
         HydraException: an override that is none.
     """
     parsed = get_args_parser().parse_intermixed_args(list(arguments))
@@ -118,7 +123,9 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     flags = [argument for argument in arguments if argument not in given]
     group_dirs = [CONFIG_DIR, *(Path(folder) for folder in (parsed.config_path, parsed.config_dir) if folder)]
     overrides = OverridesParser.create().parse_overrides([_quote_home(text) for text in parsed.overrides])
-    checked = [_check_override(override, group_dirs) for override in overrides]
+    more_flags, earlier = continue_command(overrides, parsed.config_name, parsed.multirun)
+    checked = earlier + [_check_override(override, group_dirs) for override in overrides]
+    flags += more_flags
     if parsed.cfg and parsed.multirun:
         flags = [flag for flag in flags if flag not in MULTIRUN_FLAGS]
         checked = [_first_value(override) for override in OverridesParser.create().parse_overrides(checked)]

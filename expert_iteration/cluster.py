@@ -18,6 +18,7 @@ import ray
 from expert_iteration.config import Config, is_local
 from expert_iteration.devices import DeviceAllocation, compute_device_allocation
 from expert_iteration.errors import UserError
+from expert_iteration.interruption import StopSignals
 from expert_iteration.places import Places, check_hosts, given, reserve
 
 EXIT_SECONDS = 1.0
@@ -27,14 +28,20 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextmanager
-def ray_running(cfg: Config) -> Iterator[Places]:
+def ray_running(cfg: Config, signals: StopSignals) -> Iterator[Places]:
     """Ray for one run, as `start_ray`, with its places; on leaving, Ray and every process started meanwhile are gone.
 
     The next job of a sweep then finds memory and accelerators free.
+
+    Args:
+        cfg: the configuration.
+        signals: of this process, which are not for Ray's.
     """
     others = psutil.Process().children(recursive=True)
     try:
-        yield reserve(cfg, start_ray(cfg))
+        with signals.while_ray_starts():
+            allocation = start_ray(cfg)
+        yield reserve(cfg, allocation)
     finally:
         shut_down_ray(others)
 

@@ -8,18 +8,43 @@ gather the next batch while it trains on the last one: what the trainer iterates
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase, lazy_stack
 from torchrl.collectors.llm import LLMCollector
 
 from expert_iteration import timeline
-from expert_iteration.actors import CollectedBatch
+from expert_iteration.actors import BackgroundCollector, CollectedBatch
+from expert_iteration.expert_set import ExpertSetWriter, Record
+from expert_iteration.policy import EnginePolicy
+from expert_iteration.random_state import random_state, set_random_state
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.row_keys import RESPONSE_ID_KEY, ROLLOUT_KEYS
 from expert_iteration.selection import TopKRewardSelector
+
+
+class RecordSender(Protocol):
+    """What the collector asks of its post-processing hook."""
+
+    def __call__(self, data: TensorDictBase) -> TensorDictBase:
+        """See a batch, and hand it on."""
+        ...
+
+    def send(self, record: dict[str, float]) -> None:
+        """Send a record of metrics to the trainer."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it counts."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        ...
 
 
 class ExpertCollector:
@@ -30,35 +55,44 @@ class ExpertCollector:
         policy: generates.
         selector: keeps the best of each group.
         retrieve_log_prob: scores what is kept with the reference; None: rows are written without its log-probs.
-        postproc: sees every batch before selection (the metrics hook, `RemoteDataLogger`).
-        log_record: sends a record of metrics to the trainer.
+        postproc: sees every batch before selection, and sends records of metrics (`ei_utils.RemoteDataLogger`).
         dialog_turns_per_batch: responses a batch.
         num_batches: batches in the run.
         num_sample_groups: groups reported with each batch.
+        expert_set: where what is kept is written too; None: nowhere.
+        state: from `state_dict` of an earlier collector, to go on where it stood; None: from the beginning.
     """
 
     def __init__(
         self,
         *,
-        make_env: Callable[[], Any],
-        policy: Any,
+        make_env: Callable[..., Any],
+        policy: EnginePolicy,
         selector: TopKRewardSelector,
         retrieve_log_prob: RetrieveLogProb | None,
-        postproc: Callable[[TensorDictBase], TensorDictBase],
-        log_record: Callable[[dict[str, float]], None],
+        postproc: RecordSender,
         dialog_turns_per_batch: int,
         num_batches: int,
         num_sample_groups: int,
+        expert_set: ExpertSetWriter | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
+        self._policy = policy
         self._selector = selector
         self._retrieve_log_prob = retrieve_log_prob
-        self._log_record = log_record
+        self._postproc = postproc
         self._dialog_turns_per_batch = dialog_turns_per_batch
         self._num_batches = num_batches
         self._num_sample_groups = num_sample_groups
-        self._turns = self._empty_batches = self._responses_kept = 0
-        self._pending: tuple[TensorDictBase | None, CollectedBatch] | None = None
-        env = make_env()
+        self._expert_set = expert_set
+        self._turns = self._empty_batches = self._responses_kept = self._next_group = 0
+        self._num_written = 0
+        # As many as may lie in the buffer before the trainer has heard of them.
+        self._last_written: deque[dict[str, Any]] = deque(maxlen=BackgroundCollector.QUEUED)
+        self._pending: tuple[TensorDictBase | None, list[Record], CollectedBatch] | None = None
+        if state is not None:
+            self._load_state_dict(state)
+        env = make_env(first_group=self._next_group)
         self._collector = LLMCollector(
             env,
             policy=policy,
@@ -84,6 +118,7 @@ class ExpertCollector:
             with timeline.span(timeline.REFERENCE):
                 kept = self._retrieve_log_prob(kept)
         self._turns += len(batch)
+        self._next_group = 1 + max(int(row["group_id"]) for row in batch.unbind(0))
         summary = CollectedBatch(
             dialog_turns=self._turns,
             total_dialog_turns=self._num_batches * self._dialog_turns_per_batch,
@@ -91,7 +126,7 @@ class ExpertCollector:
             samples=_sample_groups(batch, selected, self._num_sample_groups),
         )
         self._empty_batches += summary.responses_kept == 0
-        self._log_record(
+        self._postproc.send(
             {f"selection/{name}": value for name, value in self._selector.stats().items()}
             | {
                 "selection/batch_kept": summary.responses_kept,
@@ -100,18 +135,57 @@ class ExpertCollector:
                 "collector/time/collect": time.monotonic() - start,
             }
         )
-        self._pending = (kept, summary)
+        self._pending = (kept, self._describe(batch, selected), summary)
 
     def write(self, replay_buffer: Any) -> CollectedBatch:
-        """Write the held rows into the buffer, of which `replay_buffer` is a client."""
+        """Write the held rows into the buffer, of which `replay_buffer` is a client, and with them where this stands.
+
+        In one call, so that whoever saves the buffer finds what belongs together.
+        """
         assert self._pending is not None, "write() follows collect()"
-        kept, summary = self._pending
+        kept, records, summary = self._pending
         self._pending = None
-        if kept is not None:
-            with timeline.span(timeline.WRITING):
-                # One piece of memory travels in two thirds of the time of the several hundred that rows consist of.
-                replay_buffer.extend(kept.consolidate())
+        with timeline.span(timeline.WRITING):
+            # One piece of memory travels in two thirds of the time of the several hundred that rows consist of.
+            rows = None if kept is None else kept.consolidate()
+            self._num_written += 1
+            if self._expert_set is not None and records:
+                self._expert_set.write(records, self._num_written)
+            self._last_written.append(asdict(summary))
+            replay_buffer.write_batch(rows, self.state_dict())
         return summary
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where collection stands after a batch was written, in types that `torch.load` trusts.
+
+        Batches are whole groups, so no group is in flight then; prompts that were drawn ahead are drawn again.
+        """
+        return {
+            "num_written": self._num_written,
+            "last_written": list(self._last_written),
+            "turns": self._turns,
+            "empty_batches": self._empty_batches,
+            "responses_kept": self._responses_kept,
+            "next_group": self._next_group,
+            "engine_calls": self._policy.calls,
+            "records": self._postproc.state_dict(),
+            "selector": self._selector.get_extra_state(),
+            "random": random_state(),
+        }
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._num_written = state["num_written"]
+        self._last_written.extend(state["last_written"])
+        self._turns, self._empty_batches = state["turns"], state["empty_batches"]
+        self._responses_kept, self._next_group = state["responses_kept"], state["next_group"]
+        self._policy.calls = state["engine_calls"]
+        self._postproc.load_state_dict(state["records"])
+        self._selector.set_extra_state(state["selector"])
+        set_random_state(state["random"])
+
+    def _describe(self, batch: TensorDictBase, selected: TensorDictBase | None) -> list[Record]:
+        """What the expert set says of the kept rows; nothing where there is no set."""
+        return [] if self._expert_set is None or selected is None else self._expert_set.describe(batch, selected)
 
     def _number(self, rows: TensorDictBase) -> TensorDictBase:
         """Give each response its running number, by which it is known wherever it goes; returns the rows."""

@@ -202,17 +202,19 @@ class TrainConfig:
     """`above_median`: the best, strictly above the group's lower median; `random`: as many, from the same groups, and
     drawn evenly for training."""
     buffer_size: int | None
-    """Responses that the buffer holds; null: one batch of kept responses in sync mode, 256 (or a batch's kept responses
-    if they are more) in async mode, where new responses take the places of the oldest."""
+    """Responses that the buffer holds; null: one batch of kept responses in sync mode (the whole run's, where they
+    accumulate), 256 (or a batch's kept responses if they are more) in async mode, where new responses take the places
+    of the oldest."""
     empty_replay_buffer: bool
     """Sync mode: whether the buffer is emptied once its responses were trained on."""
     restart_from: RestartFrom
-    """Sync mode: what is fine-tuned after each batch: `current`, the policy as it stands; `base`, the start model
-    again, on all that was kept so far."""
+    """Sync mode: what is fine-tuned on each batch: `current`, the policy as it stands; `base`, the start model again,
+    with a fresh optimizer and a learning-rate schedule of its own."""
     accumulate_expert_set: bool | None
     """Sync mode: whether all responses that were ever kept stay in the buffer; null: with `restart_from=base` only."""
     from_expert_set: str | None
-    """Sync mode: a folder of Parquet files to train on, in place of anything that is collected; null: none."""
+    """Sync mode: a folder of Parquet files, or a .parquet or .jsonl file, to train on in place of anything that is
+    sampled; null: none."""
     prioritized_sampling: bool
     """Whether responses of higher reward are drawn first (sync mode) or more often (async mode)."""
     prioritized_sampling_alpha: float
@@ -242,7 +244,7 @@ class TrainConfig:
     minor_sft_beta: float
     """Sharpness of `minor_sft`; no meaning for `sft`."""
     kl_to_ref_coeff: float | None
-    """Weight of the KL divergence to the start model in the loss; null or 0: none."""
+    """Weight of the KL divergence to the reference in the loss; null or 0: none."""
     kl_to_ref_schedule: KLScheduleConfig
     max_bad_steps: int
     """So many steps in a row without a finite loss and gradient end the run."""
@@ -339,7 +341,7 @@ class InferenceModelConfig:
 
 @dataclass
 class RefModelConfig:
-    """The frozen start model to which the KL divergence is taken."""
+    """The frozen model to which the KL divergence is taken: the start model, unless it is refreshed."""
 
     num_devices: int | None
     """Replicas of the reference, each with an accelerator of its own; on a CPU, processes. 0 (with LoRA): none, the
@@ -518,10 +520,40 @@ def learning_rate(cfg: Config) -> float:
 
 
 def num_references(cfg: Config) -> int:
-    """Replicas of the reference; 0 where the trainer's model with its adapters off is the reference."""
+    """Replicas of the reference; 0 where the trainer's model with its adapters off is the reference, or none is."""
+    if cfg.eval.only:
+        return 0
     if cfg.ref_model.num_devices is not None:
         return cfg.ref_model.num_devices
     return 0 if cfg.train_model.lora.enabled else 1
+
+
+def num_trainers(cfg: Config) -> int:
+    """Training ranks; 0 where a model is only evaluated."""
+    return 0 if cfg.eval.only else cfg.train_model.num_devices
+
+
+def num_engines(cfg: Config) -> int:
+    """Engines of the run; 0 where nothing is sampled, because an expert set is trained on."""
+    return 0 if cfg.train.from_expert_set is not None else cfg.inference_model.num_replicas
+
+
+def accumulates_expert_set(cfg: Config) -> bool:
+    """Whether every response that was ever kept is trained on again after each batch."""
+    if cfg.train.accumulate_expert_set is not None:
+        return cfg.train.accumulate_expert_set
+    return cfg.train.restart_from is RestartFrom.base
+
+
+def empties_buffer(cfg: Config) -> bool:
+    """Whether the responses of a batch are forgotten once they were trained on; in sync mode only."""
+    return cfg.train.sync and cfg.train.empty_replay_buffer and not accumulates_expert_set(cfg)
+
+
+def pushes_before_collecting(cfg: Config) -> bool:
+    """Whether the engine never generates with other weights than the trainer's at that moment."""
+    train = cfg.train
+    return train.sync and train.sync_iter is True and train.weight_update_frequency is None
 
 
 def is_local(cfg: Config) -> bool:

@@ -178,6 +178,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, without gradient: of a sharded one its shard, which shares its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_on_cpu(state: Any, *, keep: bool = True) -> Any:
     """A nested state with its tensors whole and on the CPU, one after the other; collective if any is sharded.
 

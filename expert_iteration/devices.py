@@ -3,7 +3,17 @@
 from typing import TypedDict
 
 from expert_iteration.accelerators import count_accelerators
-from expert_iteration.config import Config, Device, InferenceBackend, Parallel, Placement, is_local, num_references
+from expert_iteration.config import (
+    Config,
+    Device,
+    InferenceBackend,
+    Parallel,
+    Placement,
+    is_local,
+    num_engines,
+    num_references,
+    num_trainers,
+)
 from expert_iteration.errors import UserError
 
 # Ray counts resources in steps of 1 / 10,000.
@@ -21,7 +31,7 @@ class GpuShares(TypedDict):
 class DeviceAllocation(TypedDict):
     """Accelerators, numbered among those that a run uses; which of a machine's each of them is, Ray decides.
 
-    A model without any runs on the CPU, or (the reference) has no process of its own.
+    A model without any runs on the CPU, or has no process of its own: the reference, or an engine that is not needed.
     """
 
     train_model_devices: list[int]
@@ -65,7 +75,7 @@ def compute_device_allocation(cfg: Config, num_accelerators: int) -> DeviceAlloc
     if cfg.device is Device.cpu or num_accelerators == 0:
         return _without_accelerators(cfg)
     needed = sum(device_counts(cfg).values())
-    if cfg.placement is Placement.colocated:
+    if cfg.placement is Placement.colocated and not cfg.eval.only:  # which has nothing to share with
         _refuse_several(cfg)
     elif needed <= num_accelerators:
         return _dedicated(cfg)
@@ -79,9 +89,9 @@ def compute_device_allocation(cfg: Config, num_accelerators: int) -> DeviceAlloc
 def device_counts(cfg: Config) -> dict[str, int]:
     """Devices that each model asks for, in the order in which they are given out."""
     return {
-        "inference_model": cfg.inference_model.num_replicas * cfg.inference_model.num_devices,
+        "inference_model": num_engines(cfg) * cfg.inference_model.num_devices,
         "ref_model": num_references(cfg),
-        "train_model": cfg.train_model.num_devices,
+        "train_model": num_trainers(cfg),
     }
 
 
@@ -151,7 +161,7 @@ def _remedies(cfg: Config, num_accelerators: int) -> list[str]:
 
 
 def _without_accelerators(cfg: Config) -> DeviceAllocation:
-    replicas: list[list[int]] = [[] for _ in range(cfg.inference_model.num_replicas)]
+    replicas: list[list[int]] = [[] for _ in range(num_engines(cfg))]
     return _as_allocation("cpu", [], replicas, [], {"train": 0.0, "inference": 0.0, "reference": 0.0})
 
 
@@ -159,9 +169,13 @@ def _dedicated(cfg: Config) -> DeviceAllocation:
     counts = device_counts(cfg)
     devices = iter(range(sum(counts.values())))
     per_engine = cfg.inference_model.num_devices
-    replicas = [[next(devices) for _ in range(per_engine)] for _ in range(cfg.inference_model.num_replicas)]
+    replicas = [[next(devices) for _ in range(per_engine)] for _ in range(num_engines(cfg))]
     ref, train = ([next(devices) for _ in range(counts[model])] for model in ("ref_model", "train_model"))
-    shares: GpuShares = {"train": 1.0, "inference": float(per_engine), "reference": 1.0 if ref else 0.0}
+    shares: GpuShares = {
+        "train": 1.0 if train else 0.0,
+        "inference": float(per_engine) if replicas else 0.0,
+        "reference": 1.0 if ref else 0.0,
+    }
     return _as_allocation("dedicated", train, replicas, ref, shares)
 
 
@@ -171,13 +185,17 @@ def _reference_beside_trainer() -> DeviceAllocation:
 
 
 def _colocated(cfg: Config) -> DeviceAllocation:
-    references = num_references(cfg)
-    share = RAY_RESOLUTION // (2 + references) / RAY_RESOLUTION
-    shares: GpuShares = {"train": share, "inference": share, "reference": share if references else 0.0}
+    engines, references = num_engines(cfg), num_references(cfg)
+    share = RAY_RESOLUTION // (1 + engines + references) / RAY_RESOLUTION
+    shares: GpuShares = {
+        "train": share,
+        "inference": share if engines else 0.0,
+        "reference": share if references else 0.0,
+    }
     # vLLM can sleep. Where the engine generates the next batch while the trainer works, it must not.
-    takes_turns = cfg.train.sync and cfg.train.sync_iter is True
+    takes_turns = engines > 0 and cfg.train.sync and cfg.train.sync_iter is True
     sleeps = takes_turns and cfg.inference_model.backend is InferenceBackend.vllm
-    return _as_allocation("colocated", [0], [[0]], [0] * references, shares, sleeps=sleeps)
+    return _as_allocation("colocated", [0], [[0]] * engines, [0] * references, shares, sleeps=sleeps)
 
 
 def _as_allocation(

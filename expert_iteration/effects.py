@@ -18,11 +18,15 @@ from expert_iteration.config import (
     LossFunction,
     OptimizerName,
     Selection,
+    accumulates_expert_set,
+    empties_buffer,
     is_local,
     num_references,
+    pushes_before_collecting,
 )
 from expert_iteration.config import SchedulerType as Shape
 from expert_iteration.hub import BUILT_IN
+from expert_iteration.keys import free_sections, is_for_sampling, is_for_training, leaf_keys
 
 
 class Idle(NamedTuple):
@@ -56,19 +60,27 @@ def _on_cpu(cfg: Config) -> bool:
 
 
 def _is_emptied_buffer(cfg: Config) -> bool:
-    return cfg.train.sync and cfg.train.empty_replay_buffer and cfg.train.buffer_size is not None
+    return empties_buffer(cfg) and cfg.train.buffer_size is not None
+
+
+def _is_accumulating_buffer(cfg: Config) -> bool:
+    return cfg.train.sync and accumulates_expert_set(cfg) and cfg.train.buffer_size is not None
 
 
 def _never_ages(cfg: Config) -> bool:
-    """Whether every response that is trained on was made by the weights last pushed; in sync mode only."""
-    train = cfg.train
-    return train.empty_replay_buffer and train.sync_iter is True and train.weight_update_frequency is None
+    """Whether every response that is trained on was made by the weights last pushed."""
+    return empties_buffer(cfg) and pushes_before_collecting(cfg)
 
 
 def _rows_of(keys: tuple[str, ...], holds: Callable[[Config], bool], reason: str) -> list[Idle]:
     return [Idle(key, holds, reason) for key in keys]
 
 
+# Without train.from_expert_set, which is refused beside eval.only=true.
+TRAINING_KEYS = tuple(
+    key for key in leaf_keys() if is_for_training(key) and key != "train.from_expert_set" and key not in free_sections()
+)
+NEEDED_TO_SAMPLE = tuple(key for key in leaf_keys() if is_for_sampling(key))
 PRIORITY_KEYS = tuple(f"train.prioritized_sampling_{name}" for name in ("alpha", "beta", "epsilon"))
 SCHEDULER_KEYS = tuple(f"optimizer.scheduler.{name}" for name in ("type", "warmup_steps", "num_cycles"))
 WANDB_KEYS = tuple(f"logging.{name}" for name in ("project", "entity", "group", "tags", "experiment_name"))
@@ -83,6 +95,26 @@ REFERENCE_KEYS = tuple(
 
 # Without logging.mode, which is refused beside logging.backend=none unless it is null.
 TABLE: tuple[Idle, ...] = (
+    *_rows_of(
+        TRAINING_KEYS,
+        lambda cfg: cfg.eval.only,
+        "eval.only=true evaluates model.name and trains nothing.",
+    ),
+    *_rows_of(
+        NEEDED_TO_SAMPLE,
+        lambda cfg: cfg.train.from_expert_set is not None,
+        "train.from_expert_set trains on responses that are there: none are sampled.",
+    ),
+    Idle(
+        "expert_set.token_ids",
+        lambda cfg: not cfg.expert_set.save,
+        "expert_set.save=false writes nothing.",
+    ),
+    Idle(
+        "train.stop_patience",
+        lambda cfg: cfg.train.stop_patience is not None and cfg.eval.frequency == 0,
+        "eval.frequency=0 evaluates before and after the run only.",
+    ),
     Idle(
         "train.total_optimizer_steps",
         lambda cfg: cfg.train.sync and cfg.train.total_optimizer_steps is not None,
@@ -112,6 +144,16 @@ TABLE: tuple[Idle, ...] = (
         "train.empty_replay_buffer",
         lambda cfg: not cfg.train.sync,
         "in async mode the buffer is a ring: new responses take the places of the oldest.",
+    ),
+    Idle(
+        "train.empty_replay_buffer",
+        lambda cfg: cfg.train.sync and accumulates_expert_set(cfg),
+        "all that was ever kept is trained on again (train.accumulate_expert_set, or train.restart_from=base).",
+    ),
+    Idle(
+        "train.accumulate_expert_set",
+        lambda cfg: not cfg.train.sync and cfg.train.accumulate_expert_set is not None,
+        "async mode never accumulates: new responses take the places of the oldest.",
     ),
     Idle(
         "train.max_policy_age",
@@ -157,6 +199,11 @@ TABLE: tuple[Idle, ...] = (
         "train.buffer_size",
         _is_emptied_buffer,
         "train.empty_replay_buffer=true never holds more than one batch's responses, for which there is room anyway.",
+    ),
+    Idle(
+        "train.buffer_size",
+        _is_accumulating_buffer,
+        "where all that was ever kept accumulates there is room for it anyway.",
     ),
     *_rows_of(
         SCHEDULER_KEYS,

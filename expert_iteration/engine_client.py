@@ -162,6 +162,8 @@ class EnginePool:
         Raises:
             ProcessDiedError: one failed to.
         """
+        if self.replicas:
+            say("waiting for the engine, which loads the model (logs/engine.log)")
         since = time.monotonic()
         for replica in self.replicas:
 

@@ -21,7 +21,6 @@ from expert_iteration.memory_terms import (
     shared,
 )
 from expert_iteration.model_shape import ModelShape
-from expert_iteration.sizes import derive_sizes
 from expert_iteration.trainer_memory import reference_memory, training_memory
 
 # vLLM's largest forward pass and its CUDA graphs, both within its share of an accelerator.
@@ -151,7 +150,7 @@ def _describe_cache(cfg: Config, shape: ModelShape, num_bytes: float) -> Term:
 
 def _generation(cfg: Config, shape: ModelShape) -> list[Term]:
     """Hugging Face's generation: a pass over a batch of prompts, then a cache that grows with their responses."""
-    rows, length = derive_sizes(cfg).num_envs, response_tokens(cfg, shape)
+    rows, length = cfg.env.num_envs, response_tokens(cfg, shape)
     one = length * _cache_per_token(cfg, shape)
     return [
         Term(f"cache of {rows} x {length} tokens ~{in_gib(rows * one)}", rows * one, one),

@@ -25,20 +25,27 @@ class PromptStream(IterableDataset):
 
     Yields `query` (str), `prompt_index` (the row in `problems`) and `group_id`, which counts the draws: a problem drawn
     again is a new group.
+
+    Args:
+        problems: what is drawn from.
+        seed: of the orders.
+        first_group: draws to leave out, which an earlier run has made.
     """
 
-    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+    def __init__(self, problems: Sequence[Problem], seed: int, first_group: int = 0) -> None:
         self._problems = problems
         self._seed = seed
+        self._first_group = first_group
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        group_id = epoch = 0
+        group_id = self._first_group
+        epoch, start = divmod(group_id, len(self._problems))
         while True:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "prompts", epoch))
-            for index in torch.randperm(len(self._problems), generator=generator).tolist():
+            for index in torch.randperm(len(self._problems), generator=generator).tolist()[start:]:
                 yield {"query": self._problems[index].question, "prompt_index": index, "group_id": group_id}
                 group_id += 1
-            epoch += 1
+            epoch, start = epoch + 1, 0
 
 
 class TaskReward(Transform):
@@ -66,14 +73,16 @@ class TaskReward(Transform):
         return reward_spec
 
 
-def make_task_env(task: Task, tokenizer: Any, *, num_envs: int, repeats: int, seed: int) -> DatasetChatEnv:
-    """The environment of a task: `num_envs` dialogs at once, `repeats` of each prompt.
+def make_task_env(
+    task: Task, tokenizer: Any, *, num_envs: int, repeats: int, seed: int, first_group: int = 0
+) -> DatasetChatEnv:
+    """The environment of a task: `num_envs` dialogs at once, `repeats` of each prompt, from the `first_group`-th on.
 
     Text mode: TorchRL's history mode spends three times vLLM's own time on copying chat objects (256 responses of 18
     tokens), and its tokens mode cannot hold prompts of different lengths.
     """
     # The environment repeats and batches by itself, so the loader hands out single prompts.
-    loader = DataLoader(PromptStream(task.train, seed), batch_size=1, collate_fn=_collate)
+    loader = DataLoader(PromptStream(task.train, seed, first_group), batch_size=1, collate_fn=_collate)
     env = DatasetChatEnv.from_dataloader(
         loader,
         repeats=repeats,

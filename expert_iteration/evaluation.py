@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchrl._utils import timeit
 
 from expert_iteration import timeline
+from expert_iteration.best import Best
 from expert_iteration.engine import Completion, Sampling
+from expert_iteration.figures import Judged, compute_figures
 from expert_iteration.models import chat_prompt_ids
 from expert_iteration.seeds import derive_seed
 from expert_iteration.tasks import Problem, Task
@@ -31,16 +33,21 @@ class Evaluator:
     Args:
         engine: the client of the engine.
         tokenizer: of the model, with its chat template.
-        task: held-out problems, reward, and what counts as correct.
+        task: held-out problems, reward, and what counts as correct and as well-formed.
         sampled: how to sample; `num_samples` responses a problem.
+        k: of `pass@k`, at most that many.
+        best: compares the evaluations.
+        on_best: called after an evaluation of a trained policy that is the best so far, while the policy in the trainer
+            is the one that was measured.
         seed: of the run. Every evaluation draws from the same random states, so that two differ by the policy alone.
         metrics: where figures and samples are logged.
         num_report: problems whose responses are logged with the figures.
+        say: shows a line to the user.
 
     Attributes:
         is_pending: whether an evaluation is due that has not ended: the first, or one that was interrupted.
         measured_pushes: weight pushes that came before the last evaluation.
-        has_stalled: whether so many evaluations in a row were no better than the best that the run should end.
+        latest: the figures of the last evaluation; {} before the first.
     """
 
     def __init__(
@@ -50,22 +57,35 @@ class Evaluator:
         task: Task,
         sampled: Sampling,
         *,
+        k: int,
+        best: Best,
+        on_best: Callable[[], None],
         seed: int,
         metrics: Metrics,
         num_report: int,
+        say: Callable[[str], None],
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._task = task
         self._sampled = sampled
         self._greedy = Sampling(max_tokens=sampled.max_tokens, temperature=0.0)
+        self._k = k
+        self._best = best
+        self._on_best = on_best
         self._seed = seed
         self._metrics = metrics
         self._num_report = num_report
+        self._say = say
         self.is_pending = True
         self.measured_pushes = 0
-        self.has_stalled = False
+        self.latest: dict[str, float] = {}
         self._prompts = [chat_prompt_ids(tokenizer, task.system_prompt, problem.question) for problem in task.heldout]
+
+    @property
+    def has_stalled(self) -> bool:
+        """Whether so many evaluations in a row were no better than the best that the run should end."""
+        return self._best.has_stalled
 
     def evaluate(self, step: int, pushes: int) -> dict[str, float]:
         """Measure the policy that the engine now holds, and log the figures (scope `eval/`) and a few samples.
@@ -75,60 +95,77 @@ class Evaluator:
             pushes: weight pushes so far, which say what is measured.
 
         Returns:
-            `pass@1` (share of sampled responses that are correct), `greedy` (the same of greedy responses), `reward`
-            (mean of the sampled), `pass@k` (share of problems with a correct sampled response), `k`, `num_prompts`,
-            `response_length` (mean, tokens).
+            The figures, as `compute_figures` names them.
         """
         self.is_pending, self.measured_pushes = True, pushes
         with timeit("evaluation"), timeline.span(timeline.EVALUATING):
-            figures, samples = self._measure()
+            figures, judged = self._measure()
         self._metrics.log({f"eval/{name}": value for name, value in figures.items()}, step)
-        self._metrics.samples(samples, step, "heldout")
+        self._metrics.samples(self._samples(judged), step, "heldout")
+        self._metrics.rewards([response.reward for group in judged for response in group], step)
+        self.latest = figures
+        # The start model needs no copy: where nothing beats it, there is no best/.
+        if self._best.compare(figures, step) and pushes:
+            self._on_best()
+        if self._best.evaluations_since == self._best.patience:
+            self._say(self._best.describe_stall())
         self.is_pending = False
         return figures
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {"is_pending": self.is_pending, "measured_pushes": self.measured_pushes}
+        return {
+            "is_pending": self.is_pending,
+            "measured_pushes": self.measured_pushes,
+            "latest": dict(self.latest),
+            "best": self._best.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.is_pending, self.measured_pushes = state["is_pending"], state["measured_pushes"]
+        self.latest = dict(state["latest"])
+        self._best.load_state_dict(state["best"])
 
-    def _measure(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def _measure(self) -> tuple[dict[str, float], list[list[Judged]]]:
         groups = self._engine.sample(self._prompts, self._sampled, derive_seed(self._seed, "eval"))
         greedy = self._engine.sample(self._prompts, self._greedy, derive_seed(self._seed, "eval", "greedy"))
-        problems = [problem for problem in self._task.heldout for _ in range(self._sampled.num_samples)]
-        texts = self._decode([completion for group in groups for completion in group])
-        correct = self._task.correct(problems, texts)
-        rewards = self._task.reward(problems, texts)
         greedy_correct = self._task.correct(self._task.heldout, self._decode([group[0] for group in greedy]))
-        k = self._sampled.num_samples
-        solved = [any(correct[start : start + k]) for start in range(0, len(correct), k)]
-        figures = {
-            "pass@1": _mean(correct),
-            "greedy": _mean(greedy_correct),
-            "reward": _mean(rewards),
-            "pass@k": _mean(solved),
-            "k": float(k),
-            "num_prompts": float(len(self._task.heldout)),
-            "response_length": _mean([len(completion.token_ids) for group in groups for completion in group]),
-        }
-        return figures, self._samples(texts, rewards, correct)
+        judged = self._judge(groups)
+        return compute_figures(judged, greedy_correct, self._k), judged
 
-    def _samples(self, texts: list[str], rewards: list[float], correct: list[bool]) -> list[dict[str, Any]]:
-        k = self._sampled.num_samples
+    def _judge(self, groups: Sequence[Sequence[Completion]]) -> list[list[Judged]]:
+        """Of each problem's completions what the task says; it is asked once for all of them."""
+        problems = [problem for problem, group in zip(self._task.heldout, groups, strict=True) for _ in group]
+        completions = [completion for group in groups for completion in group]
+        texts = self._decode(completions)
+        rewards, correct = self._task.reward(problems, texts), self._task.correct(problems, texts)
+        judged = [
+            Judged(
+                text=text,
+                reward=reward,
+                correct=is_correct,
+                has_format=self._task.has_format(text),
+                num_tokens=len(completion.token_ids),
+                is_truncated=completion.finish_reason == "length",
+            )
+            for text, reward, is_correct, completion in zip(texts, rewards, correct, completions, strict=True)
+        ]
+        size = self._sampled.num_samples
+        return [judged[start : start + size] for start in range(0, len(judged), size)]
+
+    def _samples(self, judged: Sequence[Sequence[Judged]]) -> list[dict[str, Any]]:
         return [
             {
                 "prompt": problem.question,
                 "answer": problem.answer,
                 "responses": [
                     # Nothing of a held-out problem is ever kept for training.
-                    {"text": texts[index], "reward": rewards[index], "correct": correct[index], "kept": False}
-                    for index in range(number * k, (number + 1) * k)
+                    {"text": one.text, "reward": one.reward, "correct": one.correct, "kept": False}
+                    for one in group
                 ],
             }
-            for number, problem in enumerate(self._task.heldout[: self._num_report])
+            for problem, group in zip(self._task.heldout[: self._num_report], judged, strict=False)
         ]
 
     def _decode(self, completions: Sequence[Completion]) -> list[str]:
@@ -146,7 +183,3 @@ def probe_sequences(tokenizer: Any, problems: Sequence[Problem], system_prompt: 
         )[-128:]
         for problem in problems[:4]
     ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -53,12 +53,13 @@ def choose_way(cfg: Config, allocation: DeviceAllocation) -> Way:
     """The way for a placement.
 
     Through the object store go the weights of engines on a CPU, of Hugging Face's generation, which has no other, and
-    adapters alone, which are so few that no other way is worth its connections.
+    adapters alone, which are so few that no other way is worth its connections; and nothing, where none are trained.
     """
-    engines = allocation["inference_model_devices"]
-    if not engines or cfg.inference_model.backend is not InferenceBackend.vllm or cfg.weight_update.lora_only:
+    engines, trainers = allocation["inference_model_devices"], allocation["train_model_devices"]
+    is_vllm = cfg.inference_model.backend is InferenceBackend.vllm
+    if not engines or not trainers or not is_vllm or cfg.weight_update.lora_only:
         return Way.object_store
-    return Way.nccl if set(engines).isdisjoint(allocation["train_model_devices"]) else Way.ipc
+    return Way.nccl if set(engines).isdisjoint(trainers) else Way.ipc
 
 
 class Sender(Protocol):
@@ -193,6 +194,11 @@ class GpuTransport:
             ).start()
         reports = self._engines.offer(SentByTrainer(timeout), version, probe, timeout + ANSWER_SECONDS)
         return SentWeights(reports, self._packed.names, sum(entry.num_bytes for entry in self._packed.layout))
+
+    @property
+    def last_sent(self) -> PackedWeights | None:
+        """See `WeightTransport.last_sent`."""
+        return self._packed
 
     def _deliver(self, engine: EngineClient, sender: Sender, version: int) -> None:
         """Send a version to one engine once that is ready; an error is handed to the engine, which cannot go on."""

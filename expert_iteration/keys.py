@@ -21,6 +21,36 @@ GONE = {
     "ref_model.lora": "the reference is the frozen start model and has no adapters",
     "ref_model.gradient_checkpointing": "the reference is never differentiated",
 }
+# What an evaluation alone does without, but for the mode's keys, of which the engine's threads depend, and the limit of
+# waiting.
+TRAINING_SECTIONS = ("train.", "train_model.", "ref_model.", "optimizer.", "weight_update.", "expert_set.")
+USED_BY_EVALUATIONS = ("train.sync", "train.sync_iter", "train.collection_timeout")
+ONLY_FOR_TRAINING = (
+    "placement",
+    "env.repeats",
+    "model.compile",
+    "inference_model.include_stop_str_in_output",
+    "eval.frequency",
+    "eval.metric",
+    "logging.checkpoint_dir",
+    "logging.kl_budget",
+    "ray.collector_config",
+    "ray.replay_buffer_config",
+)
+# What a run on an expert set (`train.from_expert_set`) does without, as it samples nothing.
+SAMPLING_SECTIONS = ("reward.", "inference_model.", "weight_update.", "eval.", "expert_set.")
+# The limit of lengths, what ends a response, and what exported models say of themselves.
+USED_WITHOUT_ENGINE = (
+    "eval.only",
+    *(f"inference_model.{name}" for name in ("max_model_len", "include_stop_str_in_output", "torch_dtype")),
+    *(f"inference_model.{name}" for name in ("max_tokens", "temperature", "top_p")),
+)
+ONLY_FOR_SAMPLING = (
+    *("env.repeats", "env.dataset_path", "ref_model.refresh_every", "train.sync_iter", "train.weight_update_frequency"),
+    *("train.dialog_turns_per_batch", "train.total_dialog_turns", "train.topk_size", "train.buffer_size"),
+    *("train.empty_replay_buffer", "train.restart_from", "train.accumulate_expert_set", "train.max_policy_age"),
+    *("train.collection_timeout", "train.stop_patience"),
+)
 NEAR = 0.6  # similarity from which a guess helps more than a list; found by trying misspellings
 
 
@@ -50,6 +80,20 @@ def is_free(key: str) -> bool:
 def is_known(key: str) -> bool:
     """Whether `key` is a key, a section, or lies inside a free dictionary."""
     return key in leaf_keys() or key in sections() or is_free(key)
+
+
+def is_for_training(key: str) -> bool:
+    """Whether a key, or what lies inside one, says nothing to an evaluation alone (`eval.only=true`)."""
+    if key in USED_BY_EVALUATIONS:
+        return False
+    return key in ONLY_FOR_TRAINING or key.startswith(TRAINING_SECTIONS)
+
+
+def is_for_sampling(key: str) -> bool:
+    """Whether a key says nothing to a run on an expert set."""
+    if key in USED_WITHOUT_ENGINE:
+        return False
+    return key in ONLY_FOR_SAMPLING or key.startswith(SAMPLING_SECTIONS)
 
 
 def explain_unknown(key: str) -> str:

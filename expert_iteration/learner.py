@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,10 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl._utils import timeit
 
 from expert_iteration import schedule, timeline
-from expert_iteration.data_parallel import Alone, is_bulky, whole, whole_on_cpu
+from expert_iteration.data_parallel import Alone, held, is_bulky, whole, whole_on_cpu
 from expert_iteration.errors import UserError
 from expert_iteration.loss import SFTLoss
 from expert_iteration.models import hugging_face_model
+from expert_iteration.random_state import random_state, set_random_state
 from expert_iteration.row_keys import RESPONSE_MASK_KEY, TOKENS_KEY
 from expert_iteration.sizes import ceil_div
 from expert_iteration.turns import Turns
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 class StepResult(dict[str, float]):
     """Metrics of one gradient step by name, and where it stands.
 
-    Metrics: loss, loss_sft, loss_kl_to_ref and kl_to_ref (where there are such), reward and response_length (means over
-    the micro-batch, length in tokens), learning_rate and kl_to_ref_coeff (where a schedule sets it); and grad_norm
-    (before clipping) where a window ended.
+    Metrics: loss, loss_sft, loss_kl_to_ref and kl_to_ref (where there are such), entropy (of the policy, nats), reward
+    and response_length (means over the micro-batch, length in tokens), learning_rate and kl_to_ref_coeff (where a
+    schedule sets it); and grad_norm (before clipping) where a window ended.
 
     Attributes:
         stepped: whether the weights changed: an optimizer step happened and was not skipped as bad.
@@ -92,6 +93,7 @@ class Learner:
             it stays as it is, and out of the metrics.
         parallel: what the ranks exchange; by default this learner is alone.
         reference: gives each batch the reference log-probs that it lacks; None: batches bring what they need.
+        keep_start: keep the weights as they are now in host memory, what this rank holds of them, for `restart`.
 
     Raises:
         UserError: a trainable parameter is not float32 (or float64).
@@ -121,6 +123,7 @@ class Learner:
         kl_schedule: schedule.KLSchedule | None = None,
         parallel: Alone | None = None,
         reference: AdapterReference | None = None,
+        keep_start: bool = False,
     ):
         self.model, self.loss_fn, self.optimizer, self.scheduler = model, loss_fn, optimizer, scheduler
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -133,6 +136,7 @@ class Learner:
         self._parallel = Alone() if parallel is None else parallel
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         _check_master_weights(model)
+        self._start = [held(p).to("cpu", copy=True) for p in self._parameters] if keep_start else None
         self.device = self._parameters[0].device
         self._autocast = torch.autocast(self.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast_dtype == torch.float16)
@@ -192,6 +196,22 @@ class Learner:
     def plan(self, num_optimizer_steps: int, until: float) -> None:
         """Tell the schedule that the next `num_optimizer_steps` take the run to the fraction `until` of its length."""
         schedule.plan(self.scheduler, num_optimizer_steps, until)
+
+    @torch.no_grad()
+    def restart(self, num_optimizer_steps: int, until: float) -> None:
+        """Begin anew: the start weights, a fresh optimizer, a whole schedule of learning rates for the steps to come.
+
+        All else is as with `plan`, and counters go on.
+
+        Raises:
+            RuntimeError: the start weights were not kept.
+        """
+        if self._start is None:
+            raise RuntimeError("The learner was built without keep_start, so it has no weights to begin anew from.")
+        for parameter, start in zip(self._parameters, self._start, strict=True):
+            held(parameter).copy_(start)
+        self.optimizer.state.clear()
+        schedule.plan(self.scheduler, num_optimizer_steps, until, anew=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and the states of optimizer, scheduler and scaler, named as in a checkpoint; no weights.
@@ -254,6 +274,37 @@ class Learner:
         moments = {index: self._receive_moments(index, values) for index, values in optimizer["state"].items()}
         self.load_state_dict({**state, "optimizer_state_dict": {**optimizer, "state": moments}})
 
+    @property
+    def is_in_window(self) -> bool:
+        """Whether gradients wait for the rest of their window."""
+        return self._window_steps > 0
+
+    def process_state(self) -> dict[str, Any]:
+        """What a run that goes on needs beside `checkpoint`: times, the reference's log-probs, random states by rank.
+
+        In types that `torch.load` trusts; collective.
+        """
+        return {
+            "seconds": self.seconds,
+            "first_optimizer_step_time": self.first_optimizer_step_time,
+            "reference": {} if self.reference is None else self.reference.state_dict(),
+            "random": self._random_states(),
+        }
+
+    def load_process_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `process_state` of as many ranks; collective."""
+        self.seconds = state["seconds"]
+        self.first_optimizer_step_time = state["first_optimizer_step_time"]
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        self._set_random_states(state["random"])
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        return [random_state()]
+
+    def _set_random_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        set_random_state(states[0])
+
     @torch.no_grad()
     def _load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         own = trained_weights(self.model)
@@ -299,8 +350,8 @@ class Learner:
         self._window_responses += share.step_responses
         self.responses_trained += share.step_responses
         self.tokens_trained += share.step_tokens
-        if output.kl_to_ref is not None:
-            terms["kl_to_ref"] = output.kl_to_ref
+        beside = {"kl_to_ref": output.kl_to_ref, "entropy": output.entropy}
+        terms |= {name: value for name, value in beside.items() if value is not None}
         metrics = {"loss": loss, **terms, **_batch_metrics(share.rows, self.device)}
         return self._parallel.mean(metrics, share.num_responses / share.step_responses)
 

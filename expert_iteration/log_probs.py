@@ -1,4 +1,4 @@
-"""Log-probs of tokens under a Hugging Face model.
+"""Log-probs of tokens under a Hugging Face model, and entropies of the distributions over them.
 
 The one place where they are computed: the policy in training, the reference scorer and the probe of a weight push all
 call it, so their numbers differ only by weights and precision.
@@ -46,6 +46,15 @@ class LogitRule(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
+class TokenScores(NamedTuple):
+    """What a model says of tokens, each given its predecessors."""
+
+    log_probs: torch.Tensor
+    """float32 [B, T], of the tokens themselves."""
+    entropies: torch.Tensor
+    """float32 [B, T], nats, without gradient: of the model's whole distribution over the token at that place."""
+
+
 # By model, so that each is examined once. Weak, for models come and go.
 _rules: WeakKeyDictionary[nn.Module, LogitRule | None] = WeakKeyDictionary()
 
@@ -76,20 +85,26 @@ class LogProbModel(nn.Module):
         self._logit_rule = _rules[model]
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, target_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """See `token_log_probs`."""
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        target_mask: torch.Tensor | None = None,
+        with_entropies: bool = False,
+    ) -> torch.Tensor | TokenScores:
+        """See `token_log_probs`, and with entropies `token_scores`."""
         wanted = (attention_mask if target_mask is None else target_mask)[:, 1:].bool()
         targets = input_ids[:, 1:]
         if self._logit_rule is None:
             logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
-            log_probs = _log_probs(logits.flatten(0, 1), targets.flatten()).view(targets.shape)
+            whole = _score(logits.flatten(0, 1), targets.flatten(), with_entropies)
+            tables = [values.view(targets.shape) for values in whole]
         else:
             backbone, head = _backbone_and_head(self.model)
             hidden = _hidden_states(backbone, input_ids, attention_mask)[:, :-1]
-            values = _log_probs_by_chunks(head, self._logit_rule, hidden[wanted], targets[wanted])
-            log_probs = values.new_zeros(targets.shape).masked_scatter(wanted, values)
-        return F.pad(log_probs, (1, 0))
+            found = _score_by_chunks(head, self._logit_rule, hidden[wanted], targets[wanted], with_entropies)
+            tables = [values.new_zeros(targets.shape).masked_scatter(wanted, values) for values in found]
+        padded = [F.pad(table, (1, 0)) for table in tables]
+        return TokenScores(*padded) if with_entropies else padded[0]
 
 
 def token_log_probs(
@@ -115,6 +130,16 @@ def token_log_probs(
     return as_log_prob_model(model)(input_ids, attention_mask, target_mask)
 
 
+def token_scores(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    target_mask: torch.Tensor | None = None,
+) -> TokenScores:
+    """`token_log_probs`, and entropies at the same places; arguments and shapes as there."""
+    return as_log_prob_model(model)(input_ids, attention_mask, target_mask, with_entropies=True)
+
+
 def as_log_prob_model(model: nn.Module) -> nn.Module:
     """`model` where it gives log-probs itself, otherwise a `LogProbModel` around it."""
     return model if isinstance(model, LogProbModel | DistributedDataParallel) else LogProbModel(model)
@@ -128,28 +153,40 @@ def pad_rows(rows: Sequence[torch.Tensor], pad_token_id: int) -> tuple[torch.Ten
     return input_ids, attention_mask.to(input_ids.device)
 
 
-def _log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] and targets [N] -> float32 [N]."""
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+def _score(logits: torch.Tensor, targets: torch.Tensor, with_entropies: bool) -> tuple[torch.Tensor, ...]:
+    """Logits [N, V] and targets [N] -> log-probs of the targets and, where wanted, entropies, float32 [N]."""
+    # The two operations of which F.cross_entropy consists.
+    log_probs = F.log_softmax(logits.float(), dim=-1)
+    of_targets = -F.nll_loss(log_probs, targets, reduction="none")
+    if not with_entropies:
+        return (of_targets,)
+    # Last, and without gradient: checkpointing stops its second run where nothing more is needed, which is before this.
+    with torch.no_grad():
+        return of_targets, -log_probs.exp().mul_(log_probs).sum(-1)
 
 
-def _log_probs_by_chunks(
-    head: nn.Linear, logit_rule: LogitRule, hidden: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Hidden states [N, H] and the tokens [N] that they predict -> float32 [N]."""
+def _score_by_chunks(
+    head: nn.Linear, logit_rule: LogitRule, hidden: torch.Tensor, targets: torch.Tensor, with_entropies: bool
+) -> list[torch.Tensor]:
+    """Hidden states [N, H] and the tokens [N] that they predict -> what `_score` gives of their logits."""
 
-    def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return _log_probs(logit_rule(head(hidden)), targets)
+    def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _score(logit_rule(head(hidden)), targets, with_entropies)
 
     size = max(LEAST_CHUNK_TOKENS, CHUNK_BYTES // (4 * head.out_features))
     # Where there is nothing to predict there is one empty chunk, and the result hangs on the parameters all the same.
     chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
     if not torch.is_grad_enabled():
-        return torch.cat([of_chunk(*chunk) for chunk in chunks])
+        return _join([of_chunk(*chunk) for chunk in chunks])
     # A head draws no random numbers, so their state need not be kept for the second run.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     with _uncached_autocast(hidden.device.type):
-        return torch.cat([checkpoint(of_chunk, *chunk, **options) for chunk in chunks])
+        return _join([checkpoint(of_chunk, *chunk, **options) for chunk in chunks])
+
+
+def _join(chunks: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+    """Of the scores of each chunk those of all."""
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
 def _uncached_autocast(device_type: str) -> torch.autocast:

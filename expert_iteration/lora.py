@@ -6,13 +6,16 @@ Importing this module imports PEFT, which takes a second: modules that also serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+from safetensors.torch import save_file
 from torch import nn
 
 from expert_iteration.config import LoraConfig
@@ -99,6 +102,20 @@ def adapter_state_dict(policy: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters alone, by PEFT's names in `adapter_model.safetensors`; not copied."""
     # "auto" would ask the hub whether the base's vocabulary was changed.
     return peft.get_peft_model_state_dict(policy, save_embedding_layers=False)
+
+
+def save_adapters(folder: Path, config: peft.LoraConfig, adapters: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write adapters as PEFT's folder, which PEFT and vLLM load.
+
+    Args:
+        folder: is made.
+        config: of the adapters.
+        adapters: tensors by the names of `adapter_state_dict`.
+    """
+    config.save_pretrained(str(folder))
+    # Copies, for safetensors refuses tensors that lie in one buffer.
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in adapters}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 def load_adapter_state(policy: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchrl.modules.llm.policies.common import LLMWrapperBase
 from torchrl.objectives.llm.sft import SFTLoss as TorchRLSFTLoss
-from torchrl.objectives.llm.sft import SFTLossOutput, minor_sft_loss, sft_loss
+from torchrl.objectives.llm.sft import SFTLossOutput as TorchRLSFTLossOutput
+from torchrl.objectives.llm.sft import minor_sft_loss, sft_loss
 
 from expert_iteration.errors import UserError
-from expert_iteration.log_probs import as_log_prob_model, pad_rows, token_log_probs
+from expert_iteration.log_probs import as_log_prob_model, pad_rows, token_scores
 from expert_iteration.row_keys import IMPORTANCE_WEIGHT_KEY, RESPONSE_MASK_KEY, TOKENS_KEY
 
 LOSS_FUNCTIONS = ("sft", "minor_sft")
@@ -73,6 +74,14 @@ def pad_batch(
     )
 
 
+class SFTLossOutput(TorchRLSFTLossOutput):
+    """TorchRL's, and what is known of the policy beside its loss."""
+
+    # With a default because TorchRL's fields have them; ours is always there.
+    entropy: torch.Tensor | None = None
+    """Of the next token's whole distribution, nats, reduced as the loss is; without gradient."""
+
+
 class SFTLoss(TorchRLSFTLoss):
     """Supervised fine-tuning on kept responses, with a KL penalty to the reference model.
 
@@ -85,7 +94,8 @@ class SFTLoss(TorchRLSFTLoss):
     at the reference is that of `sft`, so a learning rate means the same for both.
 
     Where the batch has "importance_weight" [B], which prioritized sampling gives it, both terms of a response are
-    multiplied by its weight before the reduction, whose mean still divides by B. `kl_to_ref` is not weighted.
+    multiplied by its weight before the reduction, whose mean still divides by B. `kl_to_ref` and `entropy`, which is
+    that of the policy's distributions over the response's tokens, are not weighted.
 
     Trained are the ids of the batch. A batch without ids but with TorchRL's ("history", "full") is templated and
     tokenized with `tokenizer_kwargs`, which have no other use.
@@ -168,7 +178,7 @@ class SFTLoss(TorchRLSFTLoss):
     def forward(self, tensordict: TensorDictBase) -> SFTLossOutput:
         """Loss of a batch of B rows; see the class for its keys and terms."""
         batch = self._pad(tensordict)
-        log_probs = token_log_probs(self.model, batch.input_ids, batch.attention_mask, batch.response_mask)
+        log_probs, entropies = token_scores(self.model, batch.input_ids, batch.attention_mask, batch.response_mask)
         weights = self._importance_weights(tensordict, log_probs.device)
         kl = loss_kl = None
         if batch.ref_log_probs is not None:
@@ -184,6 +194,7 @@ class SFTLoss(TorchRLSFTLoss):
             loss_sft=self._reduce(weights * self._imitation_loss(log_probs, batch)),
             loss_kl_to_ref=loss_kl,
             kl_to_ref=None if kl is None else self._reduce(kl.detach()),
+            entropy=self._reduce(self._per_response(entropies, batch.response_mask)),
         )
 
     def _importance_weights(self, tensordict: TensorDictBase, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ estimated (activations, the size of caches) is shown, and noted where it may be 
 from typing import NamedTuple
 
 from expert_iteration.accelerators import MemorySizes
-from expert_iteration.config import Config, InferenceBackend, num_references
+from expert_iteration.config import Config, InferenceBackend, num_engines, num_references, num_trainers
 from expert_iteration.devices import DeviceAllocation, device_counts
 from expert_iteration.engine_memory import (
     ENGINE_WORK,
@@ -32,7 +32,7 @@ HOST = "this host"
 CLUSTER = "the cluster's hosts"
 # On the CPU, beside the models' processes: the driver, the collector, the buffer, and Ray itself.
 OTHER_PROCESSES = 4
-# Of the weights of a push, on the host: what the trainer packs, and what Ray hands to the engines.
+# Of the weights of a push, on the host: what the trainer packs, and what Ray hands to the engines. So of a refresh.
 PACKED_COPIES = 2
 
 
@@ -61,7 +61,7 @@ def describe_allocation(cfg: Config, allocation: DeviceAllocation, shape: ModelS
         (model.kind, _place(model), f"{model.arithmetic}{_of(alone.get(model.kind))}")
         for model in _models(cfg, allocation, shape, sizes)
     ]
-    if num_references(cfg) == 0:
+    if num_references(cfg) == 0 and num_trainers(cfg):
         rows.append(("reference", "none", "the policy with its adapters off, in the trainer"))
     rows += [
         ("together", load.place, f"{in_gib(load.expected)}{_of(load.size)}") for load in loads if len(load.models) > 1
@@ -88,9 +88,7 @@ def check_memory(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, s
         UserError: weights, gradients, optimizer and the least cache exceed what there is; or the engine's devices do
             not divide the attention heads.
     """
-    _check_shards(cfg, shape)
-    _check_share(cfg, allocation, shape, sizes)
-    notes = _note_share(cfg, allocation, shape, sizes)
+    notes = _check_engine(cfg, allocation, shape, sizes) if num_engines(cfg) else []
     for load in _loads(cfg, allocation, shape, sizes):
         if load.size is None:
             continue
@@ -106,8 +104,10 @@ def check_memory(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, s
 
 def _models(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: MemorySizes) -> list[ModelMemory]:
     """In the order in which devices are given out."""
+    engine = [engine_memory(cfg, allocation, shape, sizes)] if num_engines(cfg) else []
     reference = [reference_memory(cfg, allocation, shape)] if num_references(cfg) else []
-    return [engine_memory(cfg, allocation, shape, sizes), *reference, training_memory(cfg, allocation, shape)]
+    training = [training_memory(cfg, allocation, shape)] if num_trainers(cfg) else []
+    return [*engine, *reference, *training]
 
 
 def _loads(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: MemorySizes) -> list[_Load]:
@@ -140,8 +140,12 @@ def _peak(models: list[ModelMemory], sleeps: bool) -> float:
 
 
 def _packed_bytes(cfg: Config, shape: ModelShape) -> float:
-    sent = num_adapter_parameters(cfg, shape) if cfg.weight_update.lora_only else shape.parameters
-    return sent * BYTES[cfg.inference_model.torch_dtype]
+    """Of what is sent to engines, and to references if they are refreshed; nothing without an engine or a trainer."""
+    if not num_engines(cfg) or not num_trainers(cfg):
+        return 0.0
+    pushed = num_adapter_parameters(cfg, shape) if cfg.weight_update.lora_only else shape.parameters
+    refreshed = 0 if cfg.ref_model.refresh_every is None else shape.parameters
+    return pushed * BYTES[cfg.inference_model.torch_dtype] + refreshed * BYTES[cfg.ref_model.torch_dtype]
 
 
 def _place(model: ModelMemory) -> str:
@@ -152,6 +156,13 @@ def _place(model: ModelMemory) -> str:
 
 def _of(size: int | None) -> str:
     return "" if size is None else f" of {in_gib(size)}"
+
+
+def _check_engine(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, sizes: MemorySizes) -> list[str]:
+    """Of `check_memory` what concerns the engine alone."""
+    _check_shards(cfg, shape)
+    _check_share(cfg, allocation, shape, sizes)
+    return _note_share(cfg, allocation, shape, sizes)
 
 
 def _check_shards(cfg: Config, shape: ModelShape) -> None:

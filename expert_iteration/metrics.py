@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torchrl._utils import timeit
 
-from expert_iteration.run_directory import METRICS_FILE, SAMPLES_FILE
+from expert_iteration.run_directory import EVAL_REWARDS_FILE, METRICS_FILE, SAMPLES_FILE, is_of_batches
 
 if TYPE_CHECKING:
     from expert_iteration.learner import StepResult
@@ -73,17 +73,22 @@ class Metrics:
         clock: Callable[[], float] | None = None,
     ) -> None:
         # Buffered by line: what is logged is on disk when the call returns.
+        self._paths = [run_dir / name for name in (METRICS_FILE, SAMPLES_FILE, EVAL_REWARDS_FILE)]
         self._metrics_file = (run_dir / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         self._samples_file = (run_dir / SAMPLES_FILE).open("a", buffering=1, encoding="utf-8")
+        self._rewards_path = run_dir / EVAL_REWARDS_FILE
         self._loggers = list(loggers)
         self._queue = queue.SimpleQueue[Mapping[str, float]]() if log_queue is None else log_queue
         self._logging_frequency = logging_frequency
         self._clock = stopwatch() if clock is None else clock
         self._window: list[dict[str, float]] = []
         self._window_step = 0
+        self._received: list[Mapping[str, float]] = []  # out of the queue, and not logged yet
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write one line; a number that is not finite becomes null, which JSON has no other word for."""
+        """Write one line, of nothing none; a number that is not finite becomes null, as JSON has no other word."""
+        if not metrics:
+            return
         line = {"step": step, "time": round(self._clock(), 3), **metrics}
         self._metrics_file.write(to_json(line) + "\n")
         for logger in self._loggers:
@@ -109,14 +114,40 @@ class Metrics:
 
     def drain(self, step: int) -> None:
         """Log what is due beside training: every record that waits in the queue, a line each, and the timings."""
-        while True:
-            try:
-                record = self._queue.get_nowait()
-            except queue.Empty:  # Ray's own Empty is one of these
-                break
+        self._receive()
+        received, self._received = self._received, []
+        for record in received:
             self.log(record, step)
         if seconds := timings():
             self.log(seconds, step)
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                self._received.append(self._queue.get_nowait())
+            except queue.Empty:  # Ray's own Empty is one of these
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the files end now, in bytes, and what is not in them yet."""
+        self._receive()
+        return {
+            "file_bytes": {path.name: path.stat().st_size for path in self._paths if path.exists()},
+            "window": list(self._window),
+            "window_step": self._window_step,
+            "received": [dict(record) for record in self._received],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], num_batches: int) -> None:
+        """Go on from `state_dict`; the files have been cut to their length.
+
+        Args:
+            state: from there.
+            num_batches: collected batches that were saved with it. What was received of later ones, which are collected
+                again, is dropped.
+        """
+        self._window, self._window_step = list(state["window"]), state["window_step"]
+        self._received = [record for record in state["received"] if is_of_batches(record, num_batches)]
 
     def samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
         """Write prompts with their responses, a line each.
@@ -131,6 +162,14 @@ class Metrics:
         if rows:
             for logger in self._loggers:
                 logger.log_samples(rows, step, split)
+
+    def rewards(self, values: Sequence[float], step: int) -> None:
+        """Write the rewards of all responses of an evaluation, a line for it, of which the report makes a histogram.
+
+        An evaluation that is made again, because a run went on from before it, has another line; the last one counts.
+        """
+        with self._rewards_path.open("a", encoding="utf-8") as file:
+            file.write(to_json({"step": step, "rewards": values}) + "\n")
 
     def close(self) -> None:
         """Write what is left and end the loggers; a second call does nothing."""

@@ -254,6 +254,20 @@ def end_of_turn_id(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
+def stop_token_ids(tokenizer: Any, published: int | list[int] | None) -> list[int]:
+    """The tokens at which every engine stops: the end of the turn, and what ends a text.
+
+    vLLM adds the latter by itself: the tokenizer's own end token, and what the model's publisher lists.
+
+    Args:
+        tokenizer: of the model.
+        published: the `eos_token_id` of the model's generation configuration.
+    """
+    listed = published if isinstance(published, list) else [published]
+    candidates = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *listed}
+    return sorted(token for token in candidates if token is not None)
+
+
 def chat_prompt_ids(tokenizer: Any, system_prompt: str | None, question: str) -> list[int]:
     """Token ids of a prompt: the chat template around system prompt and question, up to where the response begins."""
     messages = [{"role": "user", "content": question}]

@@ -6,11 +6,13 @@ a second copy of a large model is what a host may have no room for.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -108,9 +110,50 @@ class PackedWeights:
         """Itself, for an engine in this process; the next `pack` changes what it holds."""
         return self
 
+    @torch.no_grad()
+    def copy_to(self, targets: Mapping[str, torch.Tensor]) -> None:
+        """Copy the weights into tensors of the same names.
+
+        Raises:
+            RuntimeError: names or shapes differ; nothing is copied then.
+        """
+        shapes = {entry.name: entry.shape for entry in self.layout}
+        unknown, missing = sorted(shapes.keys() - targets.keys()), sorted(targets.keys() - shapes.keys())
+        reshaped = [name for name, shape in shapes.items() if name in targets and targets[name].shape != shape]
+        if unknown or missing or reshaped:
+            raise RuntimeError(
+                f"These weights are not the model's: unknown {unknown}, missing {missing}, of another shape {reshaped}."
+            )
+        for name, tensor in self:
+            targets[name].copy_(tensor)
+
+    def save(self, path: Path) -> None:
+        """Write them as a safetensors file: the buffer as one tensor, and where each tensor lies as its metadata."""
+        from safetensors.torch import save_file
+
+        layout = [
+            (entry.name, list(entry.shape), str(entry.dtype).removeprefix("torch."), entry.offset, entry.tied_to)
+            for entry in self.layout
+        ]
+        save_file({"buffer": self.buffer}, path, metadata={"layout": json.dumps(layout)})
+
+    @classmethod
+    def load(cls, path: Path) -> PackedWeights:
+        """What `save` wrote, mapped into memory."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            layout = json.loads(file.metadata()["layout"])
+            buffer = file.get_tensor("buffer")
+        return cls([_entry(*fields) for fields in layout], buffer)
+
     def _view(self, entry: PackedTensor) -> torch.Tensor:
         flat = self.buffer[entry.offset : entry.offset + entry.num_bytes]
         return flat.view(entry.dtype).view(entry.shape)
+
+
+def _entry(name: str, shape: list[int], dtype: str, offset: int, tied_to: str | None) -> PackedTensor:
+    return PackedTensor(name, torch.Size(shape), getattr(torch, dtype), offset, tied_to)
 
 
 _Seen = tuple[str, torch.Size, str | None]  # a tensor's name, its shape, and what it is tied to

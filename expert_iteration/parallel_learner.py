@@ -16,6 +16,7 @@ from expert_iteration.adapter_reference import BaseScorer
 from expert_iteration.data_parallel import is_sharded, outline, whole
 from expert_iteration.learner import Learner, StepResult, share_out
 from expert_iteration.policy_reader import PolicyReader
+from expert_iteration.random_state import random_state, set_random_state
 from expert_iteration.sizes import ceil_div
 from expert_iteration.train_ranks import RankGroup
 
@@ -59,6 +60,11 @@ class ParallelLearner(Learner):
         with self._ranks.together(methodcaller("plan", num_optimizer_steps, until)):
             super().plan(num_optimizer_steps, until)
 
+    def restart(self, num_optimizer_steps: int, until: float) -> None:
+        """See `Learner.restart`."""
+        with self._ranks.together(methodcaller("restart", num_optimizer_steps, until)):
+            super().restart(num_optimizer_steps, until)
+
     def checkpoint(self, *, keep: bool = True) -> dict[str, Any]:
         """See `Learner.checkpoint`."""
         with self._ranks.together(methodcaller("checkpoint", keep=False)):
@@ -68,6 +74,15 @@ class ParallelLearner(Learner):
         """See `Learner.load_checkpoint`."""
         with self._ranks.together(methodcaller("load_checkpoint", outline(dict(state)))):
             super().load_checkpoint(state)
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        with self._ranks.together(_get_random_state) as others:
+            own = super()._random_states()
+        return own + others
+
+    def _set_random_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        with self._ranks.together([partial(_set_random_state, state) for state in states[1:]]):
+            super()._set_random_states(states)
 
 
 class ShardReader(PolicyReader):
@@ -160,6 +175,14 @@ class ParallelBaseScorer:
             for index, values in zip(share, log_probs, strict=True)
         }
         return [by_index[index] for index in range(len(rows))]
+
+
+def _get_random_state(learner: Learner) -> dict[str, Any]:
+    return random_state()
+
+
+def _set_random_state(state: Mapping[str, Any], learner: Learner) -> None:
+    set_random_state(state)
 
 
 def _go_through(what: str, learner: Learner) -> None:

@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from expert_iteration.config import Config, num_references
+from expert_iteration.config import Config, num_engines, num_references
 from expert_iteration.devices import DeviceAllocation
 from expert_iteration.errors import UserError
 
@@ -61,11 +61,12 @@ class Places:
         # methods in several.
         env_vars = {"OMP_NUM_THREADS": str(self.threads[kind])}
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": env_vars}}
-        if self.group is None:
+        of_kind = processes(self.allocation)[kind]
+        if self.group is None or not of_kind:
             # Ray hides accelerators only from processes that ask for some.
             env_vars["CUDA_VISIBLE_DEVICES"] = ""
             return options
-        devices = processes(self.allocation)[kind][index]
+        devices = of_kind[index]
         options["num_gpus"] = self.allocation["gpu_shares"][kind]
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
             self.group, placement_group_bundle_index=bundles(self.allocation).index(devices)
@@ -85,8 +86,9 @@ def reserve(cfg: Config, allocation: DeviceAllocation) -> Places:
     if wanted:
         resources: list[dict[str, float]] = [{"GPU": len(devices)} for devices in wanted]
         # Whatever rank 0 asks for must lie in its bundle.
-        own = resources[wanted.index(processes(allocation)["train"][0])]
-        own.update({"CPU": task["num_cpus"]} if task.get("num_cpus") else {}, **task.get("resources", {}))
+        for devices in processes(allocation)["train"][:1]:
+            own = resources[wanted.index(devices)]
+            own.update({"CPU": task["num_cpus"]} if task.get("num_cpus") else {}, **task.get("resources", {}))
         group = placement_group(resources, strategy="PACK")
         if not group.wait(RESERVE_SECONDS):
             remove_placement_group(group)
@@ -140,11 +142,11 @@ def default_threads(cfg: Config) -> dict[Kind, int]:
     same cores wait for each other in the middle of their matrix products.
     """
     cores = len(os.sched_getaffinity(0))  # not all of the host's, where a scheduler gave this process some
-    take_turns = cfg.train.sync and cfg.train.sync_iter
+    take_turns = (cfg.train.sync and cfg.train.sync_iter) or not num_engines(cfg)
     available = cores if take_turns else max(1, cores // 2)
     counts: dict[Kind, int] = {
         "train": cfg.train_model.num_devices,
-        "inference": cfg.inference_model.num_replicas,  # whose shards share what their engine has
+        "inference": num_engines(cfg),  # whose shards share what their engine has
         "reference": num_references(cfg),
     }
     configured: dict[Kind, int | None] = {

@@ -30,6 +30,9 @@ class EnginePolicy(TensorDictModuleBase):
         sampling: how to sample.
         seed: of the run; every call draws from a random state of its own.
         keep_stop_token: whether the end-of-turn token belongs to the response that is trained.
+
+    Attributes:
+        calls: of the engine so far, which give each its random state.
     """
 
     in_keys = (("text", "prompt"),)
@@ -53,15 +56,15 @@ class EnginePolicy(TensorDictModuleBase):
         self._sampling = sampling
         self._seed = seed
         self._keep_stop_token = keep_stop_token
-        self._calls = 0
+        self.calls = 0
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Fill in the responses, in place."""
         rows = tensordict.unbind(0)
         prompts = [row["text", "prompt"] for row in rows]
         prompt_ids = self._tokenize(prompts)
-        seed = derive_seed(self._seed, "rollout", self._calls)
-        self._calls += 1
+        seed = derive_seed(self._seed, "rollout", self.calls)
+        self.calls += 1
         groups = self._engine.sample(prompt_ids, self._sampling, seed)
         responses = [self._response_ids(completion) for (completion,) in groups]
         texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)

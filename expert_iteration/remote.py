@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 SAY_EVERY = 60.0
+CHECK_EVERY = 1.0
 
 
 class ProcessDiedError(RuntimeError):
@@ -36,6 +37,7 @@ def wait_aloud(
     describe: Callable[[float], str],
     since: float,
     timeout: float = math.inf,
+    check: Callable[[], None] | None = None,
 ) -> bool:
     """Wait for a Ray call to end, and say so every minute.
 
@@ -45,17 +47,24 @@ def wait_aloud(
         describe: the line, given the seconds waited so far.
         since: `time.monotonic()` from which on they count.
         timeout: after so many of them it is not waited for any longer.
+        check: called every second meanwhile; it may raise to end the wait.
 
     Returns:
         Whether the call has ended.
     """
     import ray
 
-    while not ray.wait([reference], timeout=max(0.0, min(SAY_EVERY, since + timeout - time.monotonic())))[0]:
-        waited = time.monotonic() - since
-        if waited >= timeout:
+    step = SAY_EVERY if check is None else min(SAY_EVERY, CHECK_EVERY)
+    said = time.monotonic()
+    while not ray.wait([reference], timeout=max(0.0, min(step, since + timeout - time.monotonic())))[0]:
+        now = time.monotonic()
+        if check is not None:
+            check()
+        if now - since >= timeout:
             return False
-        say(describe(waited))
+        if now - said >= SAY_EVERY:
+            say(describe(now - since))
+            said = now
     return True
 
 
@@ -66,11 +75,19 @@ class Waiting:
         timeout: seconds (`train.collection_timeout`).
         say: shows a line to the user.
         diagnose: what the other side does meanwhile, in a few words.
+        check: called every second meanwhile; it may raise to end the wait.
     """
 
-    def __init__(self, timeout: float, say: Callable[[str], None], diagnose: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        timeout: float,
+        say: Callable[[str], None],
+        diagnose: Callable[[], str],
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self.timeout = timeout
         self.say = say
+        self.check = check
         self._diagnose = diagnose
 
     def wait(self, reference: Any, since: float, why: str | None = None) -> None:
@@ -88,7 +105,7 @@ class Waiting:
         def describe(waited: float) -> str:
             return f"still waiting for responses after {waited:.0f} s: {why or self._diagnose()}"
 
-        if not wait_aloud(reference, self.say, describe, since, self.timeout):
+        if not wait_aloud(reference, self.say, describe, since, self.timeout, self.check):
             reason = why or (
                 f"{self._diagnose()}. Raise train.collection_timeout if it is only slow, or lower "
                 "train.dialog_turns_per_batch or inference_model.max_tokens"

@@ -39,6 +39,7 @@ class ExpertReplayBuffer(ReplayBuffer):
         self._dropped_too_old = 0
         self._pass: Iterator[TensorDictBase] | None = None  # that a client is in the middle of
         self._figures: dict[str, float] | None = None  # None: to be computed again
+        self._writer_state: Any = None
 
     def __len__(self) -> int:
         """Live rows."""
@@ -61,6 +62,19 @@ class ExpertReplayBuffer(ReplayBuffer):
         self._sampler.write(slots, torch.tensor(rewards, dtype=torch.float64))
         self._figures = None
         return index
+
+    def write_batch(self, rows: TensorDictBase | None, writer_state: Any) -> None:
+        """Write the rows that a batch kept, None for none, and note where their writer then stands.
+
+        Both at once, so that `state_dict` never holds one without the other.
+
+        Args:
+            rows: as for `extend`.
+            writer_state: kept for `state_dict`, in types that `torch.load` trusts.
+        """
+        if rows is not None:
+            self.extend(rows)
+        self._writer_state = writer_state
 
     def add(self, data: TensorDictBase) -> int:
         """Write one row; returns where it was written."""
@@ -156,25 +170,41 @@ class ExpertReplayBuffer(ReplayBuffer):
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows, what is known of them, random state and the pass under way, in types that `torch.load` trusts."""
+        """Rows, what is known of them, random state, the pass under way and where the writer stood.
+
+        In types that `torch.load` trusts.
+        """
         return super().state_dict() | {
             # TorchRL's own state of a row loses its texts: they come back as empty tensordicts.
             "_storage": [self._storage.get(slot).to_dict() for slot in range(len(self._storage))],
             "_lengths": self._lengths.clone(),
             "_policy_versions": self._policy_versions.clone(),
             "_dropped_too_old": self._dropped_too_old,
+            "_is_in_pass": self._pass is not None,
+            "_writer_state": self._writer_state,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict` of a buffer of the same capacity and sampler: the same rows are drawn next."""
+        """Continue from `state_dict` of a buffer of the same sampler and at most this capacity: the same rows are next.
+
+        A client that was in the middle of a pass goes on with it.
+        """
         super().load_state_dict(state_dict | {"_storage": {"_storage": []}})
         for slot, row in enumerate(state_dict["_storage"]):
             self._storage.set(slot, TensorDict(row))
-        self._lengths.copy_(state_dict["_lengths"])
-        self._policy_versions.copy_(state_dict["_policy_versions"])
+        known = len(state_dict["_lengths"])
+        self._lengths[:known] = state_dict["_lengths"]
+        self._policy_versions[:known] = state_dict["_policy_versions"]
         self._evicted_below = 0
         self._dropped_too_old = state_dict["_dropped_too_old"]
-        self._pass = self._figures = None
+        self._writer_state = state_dict["_writer_state"]
+        self._pass = self._rest_of_pass() if state_dict["_is_in_pass"] else None
+        self._figures = None
+
+    def _rest_of_pass(self) -> Iterator[TensorDictBase]:
+        """What is left of a pass: nothing, where its last micro-batch was the last that was drawn."""
+        while not self._sampler.ran_out:
+            yield self.sample()
 
 
 class BufferReader:
@@ -210,6 +240,14 @@ class BufferReader:
     def statistics(self) -> dict[str, float]:
         """See `ExpertReplayBuffer.statistics`."""
         return self._client.statistics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `ExpertReplayBuffer.state_dict`."""
+        return self._client.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `ExpertReplayBuffer.load_state_dict`."""
+        self._client.load_state_dict(state)
 
     def _min_version(self) -> int:
         return 0 if self._max_policy_age is None else self._policy_version() - self._max_policy_age

@@ -67,6 +67,10 @@ def _make_paths_absolute(cfg: Config) -> None:
         cfg.model.name = _absolute(cfg.model.name)
     if cfg.env.dataset_path is not None:
         cfg.env.dataset_path = _absolute(cfg.env.dataset_path)
+    if cfg.train.from_expert_set is not None:
+        cfg.train.from_expert_set = _absolute(cfg.train.from_expert_set)
+    if cfg.resume_from is not None:
+        cfg.resume_from = _absolute(cfg.resume_from)
     if cfg.tiny.cache_dir is not None:
         cfg.tiny.cache_dir = _absolute(cfg.tiny.cache_dir)
     if cfg.reward.fn is not None and ".py:" in cfg.reward.fn:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RewardFn = Callable[[Sequence["Problem"], Sequence[str]], list[float]]
 CorrectFn = Callable[[Sequence["Problem"], Sequence[str]], list[bool]]
+FormatFn = Callable[[str], bool]
 
 THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -88,6 +89,16 @@ def tiny_reward(response: str, answer: str) -> float:
     if tiny_correct(response, answer):
         return 1.0 if thought else 0.9
     return 0.1 * (thought + (_INTEGER.fullmatch(_inside(ANSWER, response)) is not None))
+
+
+def has_thought_and_answer(response: str) -> bool:
+    """Whether a response has the form that tiny and gsm8k ask for: something in `<think>` and in `<answer>`."""
+    return _inside(THINK, response) != "" and _inside(ANSWER, response) != ""
+
+
+def has_answer(response: str) -> bool:
+    """Whether there is something in `<answer>`, without which ifeval judges nothing."""
+    return _inside(ANSWER, response) != ""
 
 
 def score_each(score: Callable[[str, str], Any], problems: Sequence["Problem"], responses: Sequence[str]) -> list[Any]:

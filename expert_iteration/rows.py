@@ -7,7 +7,7 @@ the caller counts those. A single file is the split "train".
 import contextlib
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,11 @@ def _datasets_offline() -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
+
+
+def first_three(items: Sequence[str]) -> str:
+    """The first few of what may be many, for a message."""
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

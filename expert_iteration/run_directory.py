@@ -1,13 +1,19 @@
 """The names of the files in a run directory, for what writes them and what reads them."""
 
+import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+EVAL_REWARDS_FILE = "eval_rewards.jsonl"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 CONFIG_FILE = ".hydra/config.yaml"
+EXPERT_SET_FOLDER = "expert_set"
+BATCH_METRIC = "collector/batch"  # in a line of metrics of the collector: the number of its batch, from 1
 TIMELINE_FOLDER = "timeline"  # of <process>.jsonl
 
 
@@ -30,6 +36,23 @@ def log_file(run_dir: Path, process: str) -> str:
 def timeline_file(run_dir: Path, process: str) -> str:
     """Where a process of the run notes what it does when (`timeline.record_to`)."""
     return str(run_dir / TIMELINE_FOLDER / f"{process}.jsonl")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file, none if it does not exist; a line cut short by the end of the process is passed over."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def is_of_batches(line: Mapping[str, Any], num_batches: int) -> bool:
+    """Whether a line of metrics belongs to one of the first `num_batches` collected batches, or to none of any."""
+    return (line.get(BATCH_METRIC) or 0) <= num_batches
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -151,9 +151,10 @@ class RewardPrioritizedSampler(Sampler):
         return {"rewards": self.rewards.clone(), "live": self.live.clone()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict` of a sampler of the same capacity."""
-        self.rewards.copy_(state_dict["rewards"])
-        self.live.copy_(state_dict["live"])
+        """Continue from `state_dict` of a sampler of at most this capacity."""
+        known = len(state_dict["live"])
+        self.rewards[:known], self.live[:known] = state_dict["rewards"], state_dict["live"]
+        self.live[known:] = False
         self._forget_ranking()
 
     def dumps(self, path: str | Path) -> None:

@@ -2,7 +2,9 @@
 
 How many responses a batch keeps varies, so nobody can say at the start how many optimizer steps there will be. The
 schedule therefore follows the run's *progress*, a fraction from 0 to 1, and each batch says how its optimizer steps
-share out the progress it makes: `plan(step, num_steps, until)`. The KL coefficient follows the same progress.
+share out the progress it makes: `plan(step, num_steps, until)`. The KL coefficient follows the same progress. Where
+each batch fine-tunes the start model anew, each also has a whole schedule of learning rates: over the run, the last
+batch, which makes the final model, would be trained at rates near 0.
 """
 
 from __future__ import annotations
@@ -56,12 +58,20 @@ class ProgressSchedule:
         # The current piece of the map from optimizer steps to progress. The pieces before it are never asked again.
         self.start_step, self.start_progress = 0, 0.0
         self.end_step, self.end_progress = num_training_steps, 1.0
+        self.is_whole_in_piece = False  # whether warm-up and decay lie in the current piece, not in the run
         self.warmup_end = warmup if warmup < 1 else self.progress(warmup)
 
-    def plan(self, step: int, num_steps: int, until: float) -> None:
+    def plan(self, step: int, num_steps: int, until: float, *, anew: bool = False) -> None:
         """Say that the next `num_steps` optimizer steps, from `step` on, take the run to the fraction `until`.
 
         With `num_steps` 0 (a batch that kept nothing) the progress jumps. It never goes back.
+
+        Args:
+            step: optimizer steps made so far.
+            num_steps: that follow.
+            until: fraction of the run.
+            anew: these steps have a whole schedule of learning rates to themselves, from the warm-up to the end of the
+                decay. The run's progress is the same without.
 
         Raises:
             ValueError: `num_steps` negative, `until` outside (0, 1].
@@ -71,29 +81,44 @@ class ProgressSchedule:
         reached = self.progress(step)
         self.start_step, self.end_step = step, step + num_steps
         self.start_progress, self.end_progress = reached, max(reached, until)
-        if self.warmup >= 1 and step <= self.warmup:
-            self.warmup_end = self.progress(self.warmup)
+        self.is_whole_in_piece = anew
+        if self.warmup >= 1 and (anew or step <= self.warmup):
+            self.warmup_end = self._position(self._first_step + self.warmup)
 
     def progress(self, step: float) -> float:
         """Fraction of the run that is over when optimizer step `step` begins; flat outside the planned piece."""
         if step >= self.end_step:
-            return self.end_progress
-        share = max(0.0, (step - self.start_step) / (self.end_step - self.start_step))
-        return self.start_progress + share * (self.end_progress - self.start_progress)
+            return self.end_progress  # which the sum may miss by a rounding
+        return self.start_progress + self._share(step) * (self.end_progress - self.start_progress)
 
     def __call__(self, step: int) -> float:
         """Factor of the learning rate in optimizer step `step` (counted from 0)."""
         warm = self._warmup_factor(step + 1)
         if warm < 1 or self.warmup_end >= 1:
             return warm
-        position = (self.progress(step) - self.warmup_end) / (1 - self.warmup_end)
-        return _decay(self.shape, min(1.0, max(0.0, position)), self.num_cycles)
+        decayed = (self._position(step) - self.warmup_end) / (1 - self.warmup_end)
+        return _decay(self.shape, min(1.0, max(0.0, decayed)), self.num_cycles)
 
     def _warmup_factor(self, steps_done: int) -> float:
         if self.warmup == 0:
             return 1.0
-        done = steps_done if self.warmup >= 1 else self.progress(steps_done)
+        done = steps_done - self._first_step if self.warmup >= 1 else self._position(steps_done)
         return min(1.0, done / self.warmup)
+
+    @property
+    def _first_step(self) -> int:
+        """Optimizer step at which the schedule of learning rates begins."""
+        return self.start_step if self.is_whole_in_piece else 0
+
+    def _position(self, step: float) -> float:
+        """Fraction of the schedule of learning rates that is over when optimizer step `step` begins."""
+        return self._share(step) if self.is_whole_in_piece else self.progress(step)
+
+    def _share(self, step: float) -> float:
+        """Fraction of the planned piece that is over when optimizer step `step` begins; flat outside it."""
+        if step >= self.end_step:
+            return 1.0
+        return max(0.0, (step - self.start_step) / (self.end_step - self.start_step))
 
 
 @dataclass(frozen=True)
@@ -130,10 +155,10 @@ def progress(scheduler: LambdaLR) -> float:
     return _schedule_of(scheduler).progress(scheduler.last_epoch)
 
 
-def plan(scheduler: LambdaLR, num_steps: int, until: float) -> None:
+def plan(scheduler: LambdaLR, num_steps: int, until: float, *, anew: bool = False) -> None:
     """`ProgressSchedule.plan` from the scheduler's current step on; the optimizer's learning rates follow at once."""
     step, schedule = scheduler.last_epoch, _schedule_of(scheduler)
-    schedule.plan(step, num_steps, until)
+    schedule.plan(step, num_steps, until, anew=anew)
     # LambdaLR computed this step's rates when the step before ended, that is before this plan was known.
     rates = [base * schedule(step) for base in scheduler.base_lrs]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):

@@ -12,6 +12,7 @@ from torch import nn
 
 from expert_iteration.log_probs import pad_rows, token_log_probs
 from expert_iteration.models import evaluating
+from expert_iteration.packed_weights import PackedWeights
 
 
 class ReferenceScorer:
@@ -56,6 +57,10 @@ class ReferenceScorer:
         return [scored[index] for index in range(len(rows))]
 
     __call__ = score
+
+    def load(self, weights: PackedWeights) -> None:
+        """Score with these weights from now on: a whole state dict, copied; raises as `PackedWeights.copy_to`."""
+        weights.copy_to(self.model.state_dict())
 
     def _score_micro_batch(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
         input_ids, attention_mask = pad_rows(rows, self.pad_token_id)

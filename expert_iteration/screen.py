@@ -28,7 +28,11 @@ def redirect_output(path: str | Path) -> None:
 
 
 class RemoteScreen:
-    """The training process's end: messages travel through a Ray queue to the process that owns the terminal."""
+    """The training process's end: messages travel to the process that owns the terminal.
+
+    Args:
+        queue: has `put`, such as a `Mailbox`.
+    """
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
@@ -63,7 +67,8 @@ class Progress:
         self._latest |= metrics
         if "eval/pass@1" in metrics:
             self._screen.say(
-                f"evaluation after {step} gradient steps: pass@1 {metrics['eval/pass@1']:.3f}, "
+                f"evaluation after {step} gradient steps: "
+                f"pass@1 {metrics['eval/pass@1']:.3f} ± {metrics['eval/pass@1_stderr']:.3f}, "
                 f"greedy {metrics['eval/greedy']:.3f}, reward {metrics['eval/reward']:.3f}"
             )
         if "selection/groups_seen" in metrics:
@@ -98,14 +103,56 @@ class Progress:
         )
 
 
-class Screen:
-    """The terminal: a progress bar over dialog turns, and lines above it; both also go to `run.log`."""
+class StepProgress:
+    """In place of `Progress` where nothing is collected: the bar moves with gradient steps.
 
-    def __init__(self, total: int, log_path: Path) -> None:
+    Args:
+        screen: the terminal.
+    """
+
+    def __init__(self, screen: RemoteScreen) -> None:
+        self._screen = screen
+        self._shown_at = 0.0
+        self._latest: tuple[int, Mapping[str, float]] | None = None  # what is to be shown yet
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Move the bar where a gradient step was made."""
+        if "train/loss" not in metrics:
+            return
+        self._latest = step, metrics
+        if time.monotonic() - self._shown_at > SHOW_EVERY:
+            self._show()
+
+    def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
+        """Samples are not shown."""
+
+    def close(self) -> None:
+        """Move the bar to where the run ended."""
+        self._show()
+
+    def _show(self) -> None:
+        if self._latest is not None:
+            step, metrics = self._latest
+            self._screen.progress(step, loss=f"{metrics['train/loss']:.3f}")
+            self._shown_at, self._latest = time.monotonic(), None
+
+
+class Screen:
+    """The terminal: a progress bar, over dialog turns or another unit, and lines above it; also goes to `run.log`.
+
+    Args:
+        total: length of the bar; 0: there is none.
+        log_path: of `run.log`.
+        unit: of the bar.
+    """
+
+    def __init__(self, total: int, log_path: Path, unit: str = "turn") -> None:
         from tqdm import tqdm
 
         self._log = log_path.open("a", buffering=1)
-        self._bar = tqdm(total=total, unit="turn", desc="starting", dynamic_ncols=True, disable=None, smoothing=0.1)
+        self._unit = unit
+        hidden = None if total else True  # None: unless this is a terminal
+        self._bar = tqdm(total=total, unit=unit, desc="starting", dynamic_ncols=True, disable=hidden, smoothing=0.1)
 
     def handle(self, message: tuple[Any, ...]) -> None:
         """Show one message of a `RemoteScreen`."""
@@ -122,7 +169,9 @@ class Screen:
         self._bar.set_description("training", refresh=False)
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update(done - self._bar.n)
-        self._log.write(f"{done} turns, " + ", ".join(f"{name} {value}" for name, value in figures.items()) + "\n")
+        self._log.write(
+            f"{done} {self._unit}s, " + ", ".join(f"{name} {value}" for name, value in figures.items()) + "\n"
+        )
 
     def close(self) -> None:
         """Leave the bar as it is and close the log."""

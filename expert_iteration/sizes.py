@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from expert_iteration.config import Config
+from expert_iteration.config import Config, RestartFrom, accumulates_expert_set, empties_buffer
 
 ASYNC_BUFFER_SIZE = 256
 
@@ -40,14 +40,17 @@ class Sizes:
 def derive_sizes(cfg: Config) -> Sizes:
     """The sizes of a run; `cfg` has passed the rules of `validation.py` that stand before the buffer's.
 
-    A run of fewer turns than a batch makes one smaller batch, of whole groups.
+    A run of fewer turns than a batch makes one smaller batch, of whole groups. For a run on an expert set
+    `train.total_dialog_turns` must be the number of its responses (`run.py` sets it).
     """
+    if cfg.train.from_expert_set is not None:
+        return _sizes_of_expert_set(cfg)
     train, repeats = cfg.train, cfg.env.repeats
     turns_per_batch = min(train.dialog_turns_per_batch, ceil_div(train.total_dialog_turns, repeats) * repeats)
     groups_per_batch = turns_per_batch // repeats
     num_batches = ceil_div(train.total_dialog_turns, turns_per_batch)
     max_kept = groups_per_batch * train.topk_size
-    buffer_size = train.buffer_size or (max_kept if train.sync else max(ASYNC_BUFFER_SIZE, max_kept))
+    buffer_size = train.buffer_size or _buffer_size(cfg, num_batches, max_kept)
     trained = _trained_after_batches(cfg, num_batches, max_kept, buffer_size)
     gradient_steps, optimizer_steps = _steps(cfg, trained)
     return Sizes(
@@ -108,6 +111,10 @@ def batches_ahead(cfg: Config) -> int | None:
 def describe_sizes(sizes: Sizes, cfg: Config) -> list[str]:
     """Lines for the start of a run: each derived size with its arithmetic."""
     train = cfg.train
+    if cfg.eval.only:
+        return [_describe_evaluation(cfg)]
+    if train.from_expert_set is not None:
+        return [_describe_passes(sizes, cfg)]
     return [
         f"{sizes.turns_per_batch} turns / {cfg.env.repeats} repeats = {sizes.groups_per_batch} groups; "
         f"{train.topk_size} kept each -> at most {sizes.max_kept_per_batch} responses a batch",
@@ -118,9 +125,33 @@ def describe_sizes(sizes: Sizes, cfg: Config) -> list[str]:
     ]
 
 
+def _sizes_of_expert_set(cfg: Config) -> Sizes:
+    """One batch, of responses that are there already: as many as `train.total_dialog_turns` says."""
+    responses = cfg.train.total_dialog_turns
+    gradient_steps, optimizer_steps = _steps(cfg, [responses])
+    return Sizes(
+        turns_per_batch=responses,
+        groups_per_batch=responses,
+        num_batches=1,
+        num_envs=min(cfg.env.num_envs, responses),
+        max_kept_per_batch=responses,
+        buffer_size=responses,
+        max_trained_per_batch=responses,
+        max_gradient_steps=gradient_steps,
+        max_optimizer_steps=optimizer_steps,
+    )
+
+
+def _buffer_size(cfg: Config, num_batches: int, max_kept: int) -> int:
+    """Responses that the buffer must hold."""
+    if not cfg.train.sync:
+        return max(ASYNC_BUFFER_SIZE, max_kept)
+    return num_batches * max_kept if accumulates_expert_set(cfg) else max_kept
+
+
 def _trained_after_batches(cfg: Config, num_batches: int, max_kept: int, buffer_size: int) -> list[int]:
     """Responses trained on after each batch, at most: what is not emptied accumulates up to the buffer's size."""
-    if cfg.train.empty_replay_buffer or not cfg.train.sync:
+    if empties_buffer(cfg) or not cfg.train.sync:
         return [max_kept] * num_batches
     return [min(batch * max_kept, buffer_size) for batch in range(1, num_batches + 1)]
 
@@ -137,12 +168,29 @@ def _steps(cfg: Config, trained: list[int]) -> tuple[int, int]:
     return gradient_steps, ceil_div(gradient_steps, train.gradient_accumulation_steps)
 
 
+def _describe_evaluation(cfg: Config) -> str:
+    held_out, samples = cfg.eval.num_prompts, cfg.eval.num_samples
+    return (
+        f"evaluation of {cfg.model.name}: {held_out} prompts x ({samples} responses at temperature "
+        f"{cfg.eval.temperature:g} + 1 greedy) = {held_out * (samples + 1)} responses"
+    )
+
+
+def _describe_passes(sizes: Sizes, cfg: Config) -> str:
+    return (
+        f"{sizes.turns_per_batch} responses / {responses_per_gradient_step(cfg)} a gradient step, {cfg.train.epochs} "
+        f"epochs -> {sizes.max_gradient_steps} gradient steps; {cfg.train.gradient_accumulation_steps} to an optimizer "
+        f"step -> {sizes.max_optimizer_steps}"
+    )
+
+
 def _describe_sync(sizes: Sizes, cfg: Config) -> list[str]:
     train = cfg.train
     return [
-        f"{_describe_trained(sizes)} / {responses_per_gradient_step(cfg)} a gradient step, {train.epochs} epochs, "
+        f"{_describe_trained(sizes, cfg)} / {responses_per_gradient_step(cfg)} a gradient step, {train.epochs} epochs, "
         f"{sizes.num_batches} batches -> {_describe_steps(sizes, cfg)}",
         f"buffer: {sizes.buffer_size} responses",
+        *(["each batch fine-tunes the start model anew"] if train.restart_from is RestartFrom.base else []),
     ]
 
 
@@ -186,10 +234,11 @@ def _describe_ahead(sizes: Sizes, cfg: Config) -> list[str]:
     return [f"collection: at most {batches * sizes.groups_per_batch} groups = {batches} {noun} ahead of training"]
 
 
-def _describe_trained(sizes: Sizes) -> str:
+def _describe_trained(sizes: Sizes, cfg: Config) -> str:
     if sizes.max_trained_per_batch == sizes.max_kept_per_batch:
         return f"{sizes.max_kept_per_batch} responses"
-    return f"{sizes.max_kept_per_batch} to {sizes.max_trained_per_batch} responses (the buffer is not emptied)"
+    why = "all that was kept so far" if accumulates_expert_set(cfg) else "the buffer is not emptied"
+    return f"{sizes.max_kept_per_batch} to {sizes.max_trained_per_batch} responses ({why})"
 
 
 def _describe_run(sizes: Sizes, total: int) -> str:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
+from expert_iteration.best import merit
 from expert_iteration.config import Config
+from expert_iteration.run_directory import SUMMARY_FILE, write_whole
 
-if TYPE_CHECKING:
-    from expert_iteration.learner import Learner
-    from expert_iteration.weight_update import WeightUpdater
 
-EVAL_FIGURES = ("pass@1", "greedy", "reward", "pass@k", "k", "num_prompts")
+class Trained(Protocol):
+    """What the summary asks of a learner."""
+
+    gradient_steps: int
+    optimizer_steps: int
+    bad_steps: int
+    tokens_trained: int
+    seconds: float
+    first_optimizer_step_time: float | None
+
+
+class Pushed(Protocol):
+    """What the summary asks of a weight updater."""
+
+    pushes: int
+    policy_version: int
 
 
 class Summary:
@@ -35,7 +52,15 @@ class Summary:
         self._collecting_seconds += metrics.get("collector/time/collect", 0.0)
         self._max_probe_difference = max(self._max_probe_difference, metrics.get("weights/probe_diff", 0.0))
         if "eval/pass@1" in metrics:
-            self._evaluations.append({name: metrics[f"eval/{name}"] for name in EVAL_FIGURES})
+            self._evaluations.append(
+                {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+            )
+
+    def go_on_from(self, lines: Iterable[Mapping[str, float | None]]) -> None:
+        """Know what an earlier run has logged, from its metrics.jsonl."""
+        for line in lines:
+            numbers = {name: value for name, value in line.items() if value is not None}
+            self.log_metrics(numbers, int(numbers["step"]))
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]], step: int, split: str) -> None:
         """Samples are not summed up."""
@@ -44,7 +69,7 @@ class Summary:
         """Nothing is held."""
 
     def to_dict(
-        self, error: BaseException | None, learner: Learner, weight_updater: WeightUpdater, started: float
+        self, error: BaseException | None, learner: Trained, weight_updater: Pushed, started: float
     ) -> dict[str, Any]:
         """The content of summary.json.
 
@@ -82,10 +107,18 @@ class Summary:
         }
 
     def _evaluation(self) -> dict[str, dict[str, float]]:
+        """The first, the last and the best by `eval.metric` (of equals the first)."""
         if not self._evaluations:
             return {}
-        best = max(self._evaluations, key=lambda figures: figures["pass@1"])
+        best = max(self._evaluations, key=partial(merit, metric=self._cfg.eval.metric))
         return {"before": self._evaluations[0], "after": self._evaluations[-1], "best": best}
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`; JSON has no word for numbers that are not finite, which become null."""
+    from expert_iteration.metrics import plain
+
+    write_whole(run_dir / SUMMARY_FILE, json.dumps(plain(summary), indent=2))
 
 
 def failure_summary(cfg: Config, error: BaseException, started: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from expert_iteration.run_directory import SUMMARY_FILE, write_whole
 
 SWEEP_FILE = "sweep.csv"
 EVALUATIONS = ("before", "after", "best")
-FIGURES = ("pass@1", "greedy", "reward")
+FIGURES = ("pass@1", "pass@1_stderr", "pass@k", "greedy", "reward")
 COLUMNS = (
     *("job", "overrides", "status"),
     *(f"{evaluation}_{figure}" for evaluation in EVALUATIONS for figure in FIGURES),
@@ -136,7 +136,7 @@ class SweepTable:
         write_whole(self._path, table.getvalue())
 
     def _cells(self, index: int) -> list[str]:
-        from expert_iteration.report import fixed
+        from expert_iteration.score_table import fixed
 
         row = self._rows[index]
         is_alone = len(self._rows) == 1

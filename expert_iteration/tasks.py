@@ -9,18 +9,19 @@ Imports no torch, and `datasets` only to load with it.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expert_iteration import ifeval, rewards, tiny
 from expert_iteration.errors import UserError
-from expert_iteration.rewards import CorrectFn, RewardFn
-from expert_iteration.rows import read_hub, read_path
+from expert_iteration.rewards import CorrectFn, FormatFn, RewardFn
+from expert_iteration.rows import first_three, read_hub, read_path
 
 if TYPE_CHECKING:
     from expert_iteration.config import Config
+    from expert_iteration.expert_set_reader import Example
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,10 @@ class Task:
     reward: RewardFn
     correct: CorrectFn
     """The task's own pass, whatever the reward."""
+    has_format: FormatFn
+    """Whether a response has the form that the task asks for, right or wrong."""
+    examples: "Sequence[Example]" = ()
+    """Responses to imitate as they are; nothing is sampled then (`train.from_expert_set`)."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Source:
     system_prompt: str
     reward: RewardFn
     correct: CorrectFn
+    has_format: FormatFn
 
 
 def load_task(cfg: "Config") -> Task:
@@ -84,6 +90,30 @@ def load_task(cfg: "Config") -> Task:
     if cfg.reward.fn is None:
         return task
     return replace(task, reward=rewards.load_reward_fn(cfg.reward.fn))
+
+
+def task_without_problems(name: str) -> Task:
+    """How a task puts its prompts and judges responses; its data are not looked for."""
+    if name == "tiny":
+        return Task(
+            name=name,
+            system_prompt=tiny.SYSTEM_PROMPT,
+            train=[],
+            heldout=[],
+            reward=rewards.tiny_rewards,
+            correct=rewards.tiny_corrects,
+            has_format=rewards.has_thought_and_answer,
+        )
+    source = SOURCES[name]
+    return Task(
+        name=name,
+        system_prompt=source.system_prompt,
+        train=[],
+        heldout=[],
+        reward=source.reward,
+        correct=source.correct,
+        has_format=source.has_format,
+    )
 
 
 def without_long_prompts(task: Task, count_tokens: Callable[[Problem], int], limit: int) -> tuple[Task, int]:
@@ -109,13 +139,10 @@ def _tiny_task(cfg: "Config") -> Task:
             f"env.dataset_path={cfg.env.dataset_path} has no effect with env.dataset=tiny, which generates its "
             "problems: remove it, or choose env.dataset=gsm8k."
         )
-    return Task(
-        name="tiny",
-        system_prompt=tiny.SYSTEM_PROMPT,
+    return replace(
+        task_without_problems("tiny"),
         train=[Problem(problem.question, problem.answer) for problem in tiny.train_problems()],
         heldout=_first([Problem(p.question, p.answer) for p in tiny.heldout_problems()], cfg.eval.num_prompts, "tiny"),
-        reward=rewards.tiny_rewards,
-        correct=rewards.tiny_corrects,
     )
 
 
@@ -138,14 +165,7 @@ def _task_from_rows(name: str, source: Source, cfg: "Config") -> Task:
     train = [problem for problem in train if problem.question not in questions]
     if not train:
         raise UserError(f"{where} has no training question outside its test split: give other rows to train on.")
-    return Task(
-        name=name,
-        system_prompt=source.system_prompt,
-        train=train,
-        heldout=heldout,
-        reward=source.reward,
-        correct=source.correct,
-    )
+    return replace(task_without_problems(name), train=train, heldout=heldout)
 
 
 # Held-out problems
@@ -227,15 +247,11 @@ def _usable(rows: list[Any], source: Source, where: str) -> list[Problem]:
         except ValueError as error:
             skipped.append(f"row {number} ({error if isinstance(row, dict) else 'no JSON object'})")
     if skipped:
-        logger.warning("%s: %d of %d rows skipped: %s", where, len(skipped), len(rows), _first_three(skipped))
+        logger.warning("%s: %d of %d rows skipped: %s", where, len(skipped), len(rows), first_three(skipped))
     if not problems:
-        read = f"{len(rows)} rows read" + (f": {_first_three(skipped)}" if skipped else "")
+        read = f"{len(rows)} rows read" + (f": {first_three(skipped)}" if skipped else "")
         raise UserError(f"{where} holds no usable row ({read}): give one with a {' and a '.join(source.columns[:2])}.")
     return problems
-
-
-def _first_three(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
 SOURCES = {
@@ -250,6 +266,7 @@ SOURCES = {
         ),
         reward=rewards.gsm8k_rewards,
         correct=rewards.gsm8k_corrects,
+        has_format=rewards.has_thought_and_answer,
     ),
     "ifeval": Source(
         hub_id="google/IFEval",
@@ -262,5 +279,6 @@ SOURCES = {
         ),
         reward=ifeval.ifeval_rewards,
         correct=ifeval.ifeval_corrects,
+        has_format=rewards.has_answer,
     ),
 }

@@ -30,6 +30,8 @@ EVALUATING = "evaluating"
 WAITING_FOR_DATA = "waiting for data"
 SAVING = "saving"
 
+SESSION = "session"  # the trainer's mark, no activity
+
 ACTIVITIES = {
     ENGINE: (GENERATING, LOADING_WEIGHTS),
     COLLECTOR: (COLLECTING, REFERENCE, WRITING),
@@ -71,6 +73,11 @@ def span(activity: str) -> Iterator[None]:
         _write(activity, start, time.perf_counter() - ticks)
 
 
+def mark_session() -> None:
+    """Note that a run, or its continuation, begins here: between two of them nobody worked."""
+    _append(SESSION, time.time(), 0.0)
+
+
 def _open(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Buffered by line: a process that is killed leaves whole lines.
@@ -78,8 +85,11 @@ def _open(path: Path) -> TextIO:
 
 
 def _write(activity: str, start: float, seconds: float) -> None:
-    if seconds < MIN_SECONDS:
-        return
+    if seconds >= MIN_SECONDS:
+        _append(activity, start, seconds)
+
+
+def _append(activity: str, start: float, seconds: float) -> None:
     line = json.dumps({"activity": activity, "start": round(start, 6), "end": round(start + seconds, 6)})
     with _lock:
         if _file is not None:

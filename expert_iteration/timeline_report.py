@@ -1,7 +1,8 @@
 """Where a run's time went: shares and overlap of the spans that `timeline.py` recorded, and what limited the run.
 
 All of it is about a *window*: from the start of the first collection to the end of the trainer's last activity. What
-comes before, start-up and the first evaluation, does not count.
+comes before, start-up and the first evaluation, does not count. Of a run that was interrupted and went on, only what
+came after it last did: nobody worked in between.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from expert_iteration.timeline import (
     PUSHING_WEIGHTS,
     REFERENCE,
     SAVING,
+    SESSION,
     TRAINER,
     TRAINING,
     WAITING_FOR_DATA,
@@ -109,10 +111,15 @@ def build_timeline(lines: Mapping[str, Iterable[Mapping[str, Any]]]) -> Timeline
         lines: of each process's file.
 
     Raises:
-        KeyError: a line names an activity that is not in `ACTIVITIES`.
+        KeyError: a line names an activity that is not in `ACTIVITIES`, nor the mark of a session.
     """
-    recorded = {
+    written = {
         process: [Span(row["start"], row["end"], row["activity"]) for row in rows] for process, rows in lines.items()
+    }
+    since = max((span.start for span in written.get(TRAINER, ()) if span.activity == SESSION), default=-math.inf)
+    recorded = {
+        process: [span for span in spans if span.start >= since and span.activity != SESSION]
+        for process, spans in written.items()
     }
     start = min((span.start for span in recorded.get(COLLECTOR, ())), default=math.inf)
     end = max((span.end for span in recorded.get(TRAINER, ())), default=-math.inf)

@@ -1,6 +1,6 @@
 """Expected memory of the models that Hugging Face runs: the policy in training, and the reference."""
 
-from expert_iteration.config import Config, OptimizerName, Parallel, num_references
+from expert_iteration.config import Config, OptimizerName, Parallel, RestartFrom, num_references
 from expert_iteration.devices import DeviceAllocation, parallel_kind
 from expert_iteration.memory_terms import (
     BYTES,
@@ -37,6 +37,7 @@ def training_memory(cfg: Config, allocation: DeviceAllocation, shape: ModelShape
     step = _optimizer_step(cfg, allocation, shape, parts)
     terms = [
         *(_lora_terms if cfg.train_model.lora.enabled else _full_terms)(cfg, shape, parts),
+        *_start_weights(cfg, allocation, shape, parts),
         *max(micro_batch, step, key=lambda terms: sum(term.expected for term in terms)),
         process(allocation),
     ]
@@ -71,6 +72,18 @@ def _trained(cfg: Config, number: int, noun: str, ranks: int) -> Term:
     return product(number, noun, factor, number * (8 if is_sgd else 16) / ranks, shared(ranks, "ranks"))
 
 
+def _start_weights(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, ranks: int) -> list[Term]:
+    """What each batch begins anew from lies in host memory, which counts here where there are no accelerators."""
+    if cfg.train.restart_from is not RestartFrom.base or allocation["train_model_devices"]:
+        return []
+    number = _num_trained(cfg, shape)
+    return [product(number, "start weights", "4 bytes", 4 * number / ranks, shared(ranks, "ranks"))]
+
+
+def _num_trained(cfg: Config, shape: ModelShape) -> int:
+    return num_adapter_parameters(cfg, shape) if cfg.train_model.lora.enabled else shape.parameters
+
+
 def _optimizer_step(cfg: Config, allocation: DeviceAllocation, shape: ModelShape, ranks: int) -> list[Term]:
     """On accelerators torch updates all parameters at once (`foreach`), with one more tensor for each meanwhile.
 
@@ -80,8 +93,7 @@ def _optimizer_step(cfg: Config, allocation: DeviceAllocation, shape: ModelShape
     is_plain = cfg.optimizer.name is OptimizerName.SGD and cfg.optimizer.weight_decay == 0
     if is_plain or not allocation["train_model_devices"]:
         return []
-    number = num_adapter_parameters(cfg, shape) if cfg.train_model.lora.enabled else shape.parameters
-    num_bytes = 4 * number / ranks
+    num_bytes = 4 * _num_trained(cfg, shape) / ranks
     return [Term(f"a copy in the step of {cfg.optimizer.name} ~{in_gib(num_bytes)}", num_bytes)]
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from expert_iteration.config import InferenceModelConfig, LoraConfig
 from expert_iteration.engine import Completion, Engine, OfferedWeights, Sampling
-from expert_iteration.models import context_length, end_of_turn_id, load_model, load_tokenizer
-from expert_iteration.packed_weights import PackedWeights
+from expert_iteration.models import context_length, load_model, load_tokenizer, stop_token_ids
 from expert_iteration.scorer import ReferenceScorer
 
 PAD = 0  # any id does, for padding is masked
@@ -53,7 +51,7 @@ class TransformersEngine(Engine):
             trust_remote_code=trust_remote_code,
             section="inference_model",
         )
-        self._stop_token_ids = _stop_token_ids(tokenizer, self._model.generation_config.eos_token_id)
+        self._stop_token_ids = stop_token_ids(tokenizer, self._model.generation_config.eos_token_id)
         # `generate` takes from here what a call leaves open: the publisher's taste, such as a repetition penalty.
         self._model.generation_config = GenerationConfig()
         self._offered = self._model.state_dict() if lora is None else _add_adapters(self._model, lora)
@@ -109,14 +107,7 @@ class TransformersEngine(Engine):
         return [row.tolist() for row in self._scorer.score([torch.tensor(ids) for ids in sequences])]
 
     def _load(self, weights: OfferedWeights, version: int) -> None:
-        _copy_by_name(weights.get(), self._offered)
-
-
-def _stop_token_ids(tokenizer: Any, eos_token_id: int | list[int] | None) -> list[int]:
-    """The end of the turn, and as in vLLM what ends a text for the tokenizer and for the model's publisher."""
-    published = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    candidates = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *published}
-    return sorted(token for token in candidates if token is not None)
+        weights.get().copy_to(self._offered)
 
 
 def _how_to_sample(sampling: Sampling) -> dict[str, float | int | bool]:
@@ -131,21 +122,3 @@ def _add_adapters(model: nn.Module, lora: LoraConfig) -> Mapping[str, torch.Tens
     from expert_iteration.lora import adapter_state_dict, add_adapters
 
     return adapter_state_dict(add_adapters(model, lora, seed=0))
-
-
-@torch.no_grad()
-def _copy_by_name(weights: PackedWeights, targets: Mapping[str, torch.Tensor]) -> None:
-    """Copy weights into tensors of the same names.
-
-    Raises:
-        RuntimeError: names or shapes differ; nothing is copied then.
-    """
-    shapes = {entry.name: entry.shape for entry in weights.layout}
-    unknown, missing = sorted(shapes.keys() - targets.keys()), sorted(targets.keys() - shapes.keys())
-    reshaped = [name for name, shape in shapes.items() if name in targets and targets[name].shape != shape]
-    if unknown or missing or reshaped:
-        raise RuntimeError(
-            f"These weights are not the engine's: unknown {unknown}, missing {missing}, of another shape {reshaped}."
-        )
-    for name, tensor in weights:
-        targets[name].copy_(tensor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from expert_iteration.config import (
+    EVAL_METRICS,
     Config,
     Dataset,
     Device,
@@ -23,8 +24,13 @@ from expert_iteration.config import (
     LoggingMode,
     LossFunction,
     Parallel,
+    RestartFrom,
+    Resume,
+    accumulates_expert_set,
+    num_references,
 )
 from expert_iteration.errors import UserError
+from expert_iteration.expert_set_reader import SUFFIXES
 from expert_iteration.sizes import derive_sizes
 from expert_iteration.wandb_logger import has_wandb_login
 
@@ -42,6 +48,8 @@ AT_LEAST_ONE = (
     "train.optim_batch_size",
     "train.gradient_accumulation_steps",
     "train.max_bad_steps",
+    "train.keep_checkpoints",
+    "train.stop_patience",
     "train.logging_frequency",
     "train_model.num_devices",
     "train_model.num_threads",
@@ -53,8 +61,10 @@ AT_LEAST_ONE = (
     "inference_model.num_threads",
     "inference_model.kv_cache_gib",
     "ref_model.num_threads",
+    "ref_model.refresh_every",
     "eval.num_prompts",
     "eval.num_samples",
+    "eval.k",
 )
 AT_LEAST_ZERO = (
     "train.kl_to_ref_coeff",
@@ -82,6 +92,7 @@ ABOVE_ZERO = (
     "optimizer.scheduler.num_cycles",
     "weight_update.probe_tolerance",
     "weight_update.timeout",
+    "logging.kl_budget",
 )
 SHARES = ("inference_model.top_p", "inference_model.gpu_memory_utilization")
 WHY_TEMPERATURE = ": at 0 all responses to a prompt are alike and none is better than another"
@@ -175,11 +186,23 @@ def num_envs_fits_groups_and_batch(cfg: Config) -> None:
 def buffer_holds_a_batch(cfg: Config) -> None:
     """A smaller buffer would overwrite kept responses before any of them was trained on."""
     size, sizes = cfg.train.buffer_size, derive_sizes(cfg)
-    if size is not None and size < sizes.max_kept_per_batch:
+    if size is not None and cfg.train.from_expert_set is None and size < sizes.max_kept_per_batch:
         raise UserError(
             f"train.buffer_size ({size}) is too small: {sizes.turns_per_batch} turns / {cfg.env.repeats} repeats x "
             f"{cfg.train.topk_size} kept = {sizes.max_kept_per_batch} responses that a batch can keep. Raise it, or "
             "set train.buffer_size=null."
+        )
+
+
+def buffer_holds_what_accumulates(cfg: Config) -> None:
+    """A smaller buffer would forget the oldest, which is not what accumulating means."""
+    size, sizes, accumulates = cfg.train.buffer_size, derive_sizes(cfg), accumulates_expert_set(cfg)
+    needed = sizes.num_batches * sizes.max_kept_per_batch
+    if cfg.train.sync and accumulates and size is not None and cfg.train.from_expert_set is None and size < needed:
+        raise UserError(
+            f"train.buffer_size ({size}) is too small where {_what_accumulates(cfg)}: {sizes.num_batches} batches x "
+            f"{sizes.max_kept_per_batch} kept = {needed} responses. Set train.buffer_size=null; or "
+            "train.accumulate_expert_set=false with train.empty_replay_buffer=false, which forgets the oldest."
         )
 
 
@@ -211,6 +234,70 @@ def max_policy_age_leaves_something(cfg: Config) -> None:
         raise UserError(
             "train.max_policy_age (0) drops every response with train.sync_iter=false, where each batch is made before "
             "the last push: set train.max_policy_age=1 or more, or train.sync_iter=true."
+        )
+
+
+def accumulation_forgets_nothing(cfg: Config) -> None:
+    """All that was ever kept, and nothing that is old, contradict each other."""
+    age = cfg.train.max_policy_age
+    if cfg.train.sync and accumulates_expert_set(cfg) and age is not None:
+        raise UserError(
+            f"train.max_policy_age ({age}) drops old responses where {_what_accumulates(cfg)}: set "
+            "train.max_policy_age=null; or train.accumulate_expert_set=false with train.empty_replay_buffer=false, "
+            "and a train.buffer_size for what is not too old."
+        )
+
+
+def accumulation_belongs_to_sync(cfg: Config) -> None:
+    """The asynchronous buffer is a ring, of which responses are drawn and never worked off."""
+    if not cfg.train.sync and cfg.train.accumulate_expert_set:
+        raise UserError(
+            "train.accumulate_expert_set (true) has a meaning in sync mode only, where batches are worked off: set it "
+            "to null and raise train.buffer_size, or run `python expert-iteration-sync.py mode=sync`."
+        )
+
+
+def restarting_belongs_to_sync(cfg: Config) -> None:
+    """Asynchronous training has no iterations that could begin anew."""
+    if not cfg.train.sync and cfg.train.restart_from is RestartFrom.base:
+        raise UserError(
+            "train.restart_from (base) begins anew with each batch, which has a meaning in sync mode only: set "
+            "train.restart_from=current, or run `python expert-iteration-sync.py mode=sync`."
+        )
+
+
+def restarting_pushes_finished_policies(cfg: Config) -> None:
+    """In the middle of a batch the policy is on its way from the start model: worse than the one before it."""
+    frequency = cfg.train.weight_update_frequency
+    if cfg.train.restart_from is RestartFrom.base and frequency is not None:
+        raise UserError(
+            f"train.weight_update_frequency ({frequency}) would push policies that are half trained with "
+            "train.restart_from=base: set train.weight_update_frequency=null, which pushes once after each batch."
+        )
+
+
+def expert_set_exists(cfg: Config) -> None:
+    """Whether its rows can be used shows when they are read."""
+    path = cfg.train.from_expert_set
+    if path is None:
+        return
+    if not Path(path).exists():
+        raise UserError(
+            f"train.from_expert_set ({path}) does not exist: correct it, or set it to null to collect responses."
+        )
+    if not Path(path).is_dir() and Path(path).suffix not in SUFFIXES:
+        raise UserError(
+            f"train.from_expert_set ({path}) must be a folder of Parquet files, or a file that ends in "
+            f"{' or '.join(SUFFIXES)}."
+        )
+
+
+def expert_set_belongs_to_sync(cfg: Config) -> None:
+    """Nothing is collected that training could overlap with."""
+    if not cfg.train.sync and cfg.train.from_expert_set is not None:
+        raise UserError(
+            f"train.from_expert_set ({cfg.train.from_expert_set}) is trained on in passes, which only the synchronous "
+            "script makes: run `python expert-iteration-sync.py mode=sync`."
         )
 
 
@@ -264,6 +351,37 @@ def reference_has_a_place(cfg: Config) -> None:
         raise UserError(
             "ref_model.num_devices (0) needs train_model.lora.enabled=true, where the policy with its adapters off is "
             "the reference: set ref_model.num_devices=null, or at least 1."
+        )
+
+
+def refreshed_reference_has_a_place(cfg: Config) -> None:
+    """The policy with its adapters off is the start model for ever."""
+    every = cfg.ref_model.refresh_every
+    if every is not None and num_references(cfg) == 0:
+        raise UserError(
+            f"ref_model.refresh_every ({every}) needs a reference of its own, and here it is the policy with its "
+            "adapters off: set ref_model.num_devices=1, or ref_model.refresh_every=null."
+        )
+
+
+def refreshed_reference_has_a_use(cfg: Config) -> None:
+    """What is in no loss need not be kept fresh."""
+    every, train = cfg.ref_model.refresh_every, cfg.train
+    if every is not None and not train.kl_to_ref_coeff and train.loss_function is LossFunction.sft:
+        raise UserError(
+            f"ref_model.refresh_every ({every}) has no effect with train.kl_to_ref_coeff={train.kl_to_ref_coeff} and "
+            "train.loss_function=sft, which do not use the reference: set train.kl_to_ref_coeff above 0, or "
+            "ref_model.refresh_every=null."
+        )
+
+
+def refreshed_reference_is_not_quantized(cfg: Config) -> None:
+    """Four bits are packed when a model is loaded."""
+    every = cfg.ref_model.refresh_every
+    if every is not None and cfg.ref_model.quantization.enabled:
+        raise UserError(
+            f"ref_model.refresh_every ({every}) cannot load weights into a model in four bits: set "
+            "ref_model.quantization.enabled=false, or ref_model.refresh_every=null."
         )
 
 
@@ -408,6 +526,39 @@ def evaluation_samples_differ(cfg: Config) -> None:
         )
 
 
+def pass_at_k_has_its_samples(cfg: Config) -> None:
+    """Nothing is known of more responses than were sampled."""
+    k, num_samples = cfg.eval.k, cfg.eval.num_samples
+    if k is not None and k > num_samples:
+        raise UserError(
+            f"eval.k ({k}) cannot exceed eval.num_samples ({num_samples}): raise eval.num_samples, or lower eval.k."
+        )
+
+
+def policies_are_compared_by_a_figure(cfg: Config) -> None:
+    """An evaluation has no other by which higher is better."""
+    if cfg.eval.metric not in EVAL_METRICS:
+        raise UserError(f"eval.metric ({cfg.eval.metric}) must be one of {', '.join(EVAL_METRICS)}.")
+
+
+def evaluation_alone_trains_nothing(cfg: Config) -> None:
+    """There is nothing to go on with, and no policy that an expert set could teach."""
+    if not cfg.eval.only:
+        return
+    asked = {
+        "train.from_expert_set": cfg.train.from_expert_set,
+        "resume_from": cfg.resume_from,
+        "resume": None if cfg.resume is Resume.never else cfg.resume,
+    }
+    for key, value in asked.items():
+        if value is not None:
+            raise UserError(
+                f"{key} ({value}) has no meaning with eval.only=true, which evaluates model.name and trains nothing: "
+                "remove it (a trained model is evaluated by its folder, such as model.name=RUN_DIR/last), or set "
+                "eval.only=false."
+            )
+
+
 def model_exists(cfg: Config) -> None:
     """A path must lead to a model folder; anything else must look like a hub id."""
     name = cfg.model.name
@@ -480,15 +631,25 @@ RULES: tuple[Rule, ...] = (
     batch_is_whole_groups,
     num_envs_fits_groups_and_batch,
     buffer_holds_a_batch,
+    buffer_holds_what_accumulates,
     max_ahead_holds_a_batch,
     sync_iter_belongs_to_sync,
     max_policy_age_leaves_something,
+    accumulation_forgets_nothing,
+    accumulation_belongs_to_sync,
+    restarting_belongs_to_sync,
+    restarting_pushes_finished_policies,
+    expert_set_exists,
+    expert_set_belongs_to_sync,
     async_pushes_weights,
     minor_sft_stands_alone,
     kl_schedule_has_a_start,
     mixed_precision_has_two_types,
     lora_dropout_is_a_share,
     reference_has_a_place,
+    refreshed_reference_has_a_place,
+    refreshed_reference_has_a_use,
+    refreshed_reference_is_not_quantized,
     quantization_needs_lora,
     quantization_is_on_one_whole_model,
     lora_only_needs_lora,
@@ -503,6 +664,9 @@ RULES: tuple[Rule, ...] = (
     betas_are_two_rates,
     warmup_is_fraction_or_steps,
     evaluation_samples_differ,
+    pass_at_k_has_its_samples,
+    policies_are_compared_by_a_figure,
+    evaluation_alone_trains_nothing,
     model_exists,
     dataset_path_exists,
     reward_function_has_a_place,
@@ -527,6 +691,13 @@ def _check_numbers(
 
 def _value(cfg: Config, key: str) -> Any:
     return reduce(getattr, key.split("."), cfg)
+
+
+def _what_accumulates(cfg: Config) -> str:
+    """Which setting it is, for a message."""
+    if cfg.train.accumulate_expert_set:
+        return "train.accumulate_expert_set=true keeps all that was ever kept"
+    return "train.restart_from=base trains on all that was ever kept (train.accumulate_expert_set=null)"
 
 
 def _fits_groups_and_batch(num_envs: int, repeats: int, batch: int) -> bool:

@@ -158,16 +158,12 @@ class VLLMEngine(Engine):
 
     def _load_adapters(self, lora: LoraConfig, weights: OfferedWeights, version: int) -> None:
         """A new adapter for each version, under a new number and name, which the prefix cache tells apart."""
-        from safetensors.torch import save_file
         from vllm.lora.request import LoRARequest
 
-        from expert_iteration.lora import peft_config
+        from expert_iteration.lora import peft_config, save_adapters
 
-        # Copies, for safetensors refuses tensors that lie in one buffer.
-        tensors = {name: tensor.clone() for name, tensor in weights.get()}
         with TemporaryDirectory(prefix="adapters-") as folder:
-            peft_config(lora).save_pretrained(folder)
-            save_file(tensors, Path(folder, "adapter_model.safetensors"))
+            save_adapters(Path(folder), peft_config(lora), weights.get())
             adapters = LoRARequest(f"version {version}", version, folder)
             # Every worker has them in memory then, in the place of the last ones.
             self._llm.llm_engine.add_lora(adapters)

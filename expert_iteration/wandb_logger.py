@@ -32,6 +32,11 @@ class WandbRunLogger:
     def __init__(self, logger: WandbLogger) -> None:
         self.logger = logger
 
+    @property
+    def run_id(self) -> str:
+        """By which W&B knows the run, also one that goes on later."""
+        return self.logger.experiment.id
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """One row of the run's history."""
         self.logger.log_metrics(dict(metrics), step=step)
@@ -50,20 +55,21 @@ class WandbRunLogger:
         self.logger.close()
 
 
-def make_loggers(cfg: Config, run_dir: Path, mode_name: str) -> list[WandbRunLogger]:
+def make_loggers(cfg: Config, run_dir: Path, mode_name: str, run_id: str | None = None) -> list[WandbRunLogger]:
     """The loggers that the configuration asks for: W&B's, or none."""
     if cfg.logging.backend == LoggingBackend.none or cfg.logging.mode == LoggingMode.disabled:
         return []
-    return [make_wandb_logger(cfg, run_dir, mode_name)]
+    return [make_wandb_logger(cfg, run_dir, mode_name, run_id)]
 
 
-def make_wandb_logger(cfg: Config, run_dir: Path, mode_name: str) -> WandbRunLogger:
+def make_wandb_logger(cfg: Config, run_dir: Path, mode_name: str, run_id: str | None = None) -> WandbRunLogger:
     """A W&B run under `run_dir`/wandb that prints nothing.
 
     Args:
         cfg: stored whole with the run. `logging.mode` null: as WANDB_MODE says, else online with a login, else offline.
         run_dir: of the run.
         mode_name: "sync" or "async", for the names of project and run.
+        run_id: of a run that this one goes on with; None: a new one.
 
     Raises:
         UserError: online, and W&B refuses or cannot be reached.
@@ -86,7 +92,9 @@ def make_wandb_logger(cfg: Config, run_dir: Path, mode_name: str) -> WandbRunLog
             config=to_plain_dict(cfg),
             # TorchRL's list of installed packages is stored as config["env"], in place of our section of that name.
             log_env_packages=False,
-            resume=None,
+            id=run_id,
+            # Offline, W&B writes a second record of the same id beside the first; `wandb sync` joins them.
+            resume=None if run_id is None else "allow",
             settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_TIMEOUT),
         )
     except wandb.errors.Error as error:

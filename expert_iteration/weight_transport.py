@@ -46,6 +46,11 @@ class WeightTransport(Protocol):
         """
         ...
 
+    @property
+    def last_sent(self) -> PackedWeights | None:
+        """The weights of the last push, which the next one overwrites; None before the first."""
+        ...
+
 
 class PackedReceiver(Protocol):
     """What `PackedTransport` sends to: an `EnginePool`."""
@@ -82,3 +87,8 @@ class PackedTransport:
         self._packed.pack(weights())
         reports = self._engine.offer_weights(self._packed, version, probe, timeout)
         return SentWeights(reports, self._packed.names, self._packed.num_bytes)
+
+    @property
+    def last_sent(self) -> PackedWeights | None:
+        """See `WeightTransport.last_sent`."""
+        return self._packed

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -25,7 +25,9 @@ from torchrl._utils import timeit
 
 from expert_iteration import timeline
 from expert_iteration.engine import OfferReport
+from expert_iteration.packed_weights import PackedWeights
 from expert_iteration.policy_reader import PolicyReader
+from expert_iteration.reference_update import ReferenceUpdater
 from expert_iteration.weight_transport import WeightPass, WeightTransport
 
 # Largest mean difference of the probe's log-probs between trainer and engine. The mean, because in half precision a
@@ -85,6 +87,7 @@ class WeightUpdater:
         engine: the client of all replicas.
         transport: how weights get there.
         reader: gives the policy's weights and its scores of the probe.
+        reference: is given them too, now and then; None: never.
         probe: token ids of the probe's sequences, each of at least two tokens.
         adapters_only: whether the policy's adapters travel alone, to engines that apply them.
         is_quantized: whether the policy's base is in four bits, and so not the model that the engines have loaded.
@@ -100,6 +103,7 @@ class WeightUpdater:
         transport: WeightTransport,
         reader: PolicyReader,
         *,
+        reference: ReferenceUpdater | None = None,
         probe: Sequence[Sequence[int]],
         adapters_only: bool = False,
         is_quantized: bool = False,
@@ -110,6 +114,7 @@ class WeightUpdater:
         self._engine = engine
         self._transport = transport
         self._reader = reader
+        self._reference = reference
         self._probe = [list(ids) for ids in probe]
         self._adapters_only = adapters_only
         self._is_quantized = is_quantized
@@ -124,6 +129,7 @@ class WeightUpdater:
         self._asked: dict[int, list[list[float]]] = {}
         self._expected_names: frozenset[str] = frozenset()
         self._sent_names: frozenset[str] = frozenset()
+        self._superseded = self._superseded_before = 0  # the latter in the run that this one goes on with
         self.policy_version = 0
         self.pushes = 0
 
@@ -137,7 +143,7 @@ class WeightUpdater:
         self._transport.connect(self._weights_of(policy))
         self._start_scores = self._reader.score(policy, self._probe)
         if self._is_quantized and not self._adapters_only:
-            metrics = self.push_weights(policy)
+            metrics = self._push(policy)
             self.pushes = 0  # it belongs to the start: frequencies count those that follow training
             return metrics
         answers = self._engine.token_log_probs(self._probe)
@@ -155,14 +161,18 @@ class WeightUpdater:
             of the newest weights that engines have loaded since the last push, if they have: `weights/engine_version`,
             `weights/wait_seconds` (for the generation in flight), `weights/load_seconds`, and `weights/probe_diff` and
             `weights/probe_mean_diff` where they were probed. Of several engines the oldest version and the greatest of
-            the other figures count, and `weights/engine_version/<i>` is each one's.
+            the other figures count, and `weights/engine_version/<i>` is each one's. Also what the reference says
+            (`ReferenceUpdater.after_push`).
 
         Raises:
             WeightMismatchError: the probe found other weights in an engine, now or after an earlier push.
-            TimeoutError: an engine did not take the weights in time.
+            TimeoutError: an engine, or the reference, did not take the weights in time.
         """
         with timeit("push_weights"), timeline.span(timeline.PUSHING_WEIGHTS):
-            return self._push(policy)
+            metrics = self._push(policy)
+        if self._reference is None:
+            return metrics
+        return metrics | self._reference.after_push(policy, self.pushes, self.policy_version)
 
     def _push(self, policy: nn.Module) -> dict[str, float]:
         start = time.monotonic()
@@ -173,14 +183,55 @@ class WeightUpdater:
         self._sent_names = sent.names
         self.policy_version = version
         self.pushes += 1
+        self._superseded = self._superseded_before + max(report.superseded for report in sent.reports)
         if scores is not None:
             self._asked[version] = scores
         return {
             "weights/push_seconds": time.monotonic() - start,
             "weights/policy_version": float(version),
             "weights/bytes": float(sent.num_bytes),
-            "weights/superseded": float(max(report.superseded for report in sent.reports)),
+            "weights/superseded": float(self._superseded),
         } | self._read(sent.reports)
+
+    @property
+    def pushed_weights(self) -> PackedWeights | None:
+        """The weights of the last push, as they were sent; None before the first."""
+        return self._transport.last_sent if self.pushes else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and what is known of the engines; no weights."""
+        return {
+            "policy_version": self.policy_version,
+            "pushes": self.pushes,
+            "superseded": self._superseded,
+            "replicas": [asdict(replica) for replica in self._replicas],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], policy: nn.Module, pushed: PackedWeights | None) -> None:
+        """Go on from `state_dict`: the engines get the weights that they had, under their version, with proof.
+
+        After `verify_start`. Engines may be more or fewer than they were.
+
+        Args:
+            state: from there.
+            policy: as it was then.
+            pushed: `pushed_weights` of then, where the policy has changed since; None: it has not.
+
+        Raises:
+            WeightMismatchError, TimeoutError: as `push_weights`.
+        """
+        version = state["policy_version"]
+        if version:
+            self.policy_version = version - 1
+            if pushed is None:
+                self._push(policy)
+            else:
+                # Unproven, for the policy is another by now: the next push asks.
+                self._read(self._transport.send(lambda: iter(pushed), version, None, self._timeout).reports)
+        self.policy_version, self.pushes = version, state["pushes"]
+        self._superseded = self._superseded_before = state["superseded"]
+        if len(state["replicas"]) == len(self._replicas):
+            self._replicas = [_Replica(**replica) for replica in state["replicas"]]
 
     def _weights_of(self, policy: nn.Module) -> WeightPass:
         return partial(self._reader.adapters if self._adapters_only else self._reader.weights, policy)

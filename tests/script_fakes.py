@@ -33,10 +33,13 @@ class FakeLearner:
     def __init__(self, events, accumulation, bad_at):
         self.events, self.accumulation, self.bad_at = events, accumulation, bad_at
         self.gradient_steps = self.optimizer_steps = self.responses_trained = self.last_step_at = self.window = 0
-        self.bad_steps, self.seconds = 0, 1.0
+        self.bad_steps, self.tokens_trained, self.seconds = 0, 0, 1.0
 
     def plan(self, num_optimizer_steps, until):
         self.events.append(f"plan {num_optimizer_steps} until {until:g}")
+
+    def restart(self, num_optimizer_steps, until):
+        self.events.append(f"restart {num_optimizer_steps} until {until:g}")
 
     def step(self, batch):
         self.gradient_steps += 1

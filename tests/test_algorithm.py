@@ -6,10 +6,11 @@ Neither Ray nor vLLM: what is left is the flow of data, from a drawn prompt to a
 import pytest
 import torch
 from local_runs import run_algorithm
+from scripted_engine import ScriptedEngine
 from whole_runs import without_times
 
 from expert_iteration import tiny
-from expert_iteration.engine import AppliedUpdate, Completion, OfferReport, Sampling
+from expert_iteration.engine import Sampling
 from expert_iteration.log_probs import token_log_probs
 from expert_iteration.models import chat_prompt_ids
 
@@ -32,42 +33,6 @@ OVERRIDES = (
     "eval.temperature=0.7",
     "logging.backend=none",
 )
-STYLES = ("untagged", "careful", "hasty", "hasty")  # of the responses of a group; "careful" alone is right
-
-
-class ScriptedEngine:
-    """Responds in the tiny task's styles, in turn, whatever it has learned; loads weights as a pool of one does."""
-
-    names = ("engine",)
-
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.version, self.asked, self.samplings = model, tokenizer, 0, 0, set()
-        problems = [*tiny.train_problems(), *tiny.heldout_problems()]
-        self.combinations = {problem.question: problem.combination for problem in problems}
-
-    def sample(self, prompts, sampling, seed):
-        self.samplings.add(sampling)
-        return [[self.respond(prompt) for _ in range(sampling.num_samples)] for prompt in prompts]
-
-    def respond(self, prompt):
-        question = self.tokenizer.decode(prompt).split("user\n")[1].split(tiny.END_OF_TURN)[0]
-        text = tiny.respond(self.combinations[question], STYLES[self.asked % len(STYLES)]) + tiny.END_OF_TURN
-        self.asked += 1
-        return Completion(self.tokenizer(text)["input_ids"], "stop", self.version)
-
-    def offer_weights(self, weights, version, probe, timeout):
-        self.model.load_state_dict(dict(weights))
-        self.version = version
-        scores = None if probe is None else self.token_log_probs(probe)[0]
-        return [OfferReport([AppliedUpdate(version, 0.0, 0.0, scores)], superseded=0)]
-
-    def report(self):
-        return [OfferReport([], superseded=0)]
-
-    @torch.no_grad()
-    def token_log_probs(self, sequences):
-        rows = [torch.tensor([sequence]) for sequence in sequences]
-        return [[token_log_probs(self.model, ids, torch.ones_like(ids))[0].tolist() for ids in rows]]
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +237,15 @@ def test_the_kl_coefficient_falls_over_the_run(start_run):
         coefficients = values(start_run(*schedule, mode=mode), "train/kl_to_ref_coeff")
         # Twelve steps; a step takes the coefficient of the progress at its start.
         assert coefficients == pytest.approx([0.8 - 0.6 * step / 12 for step in range(12)], abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_patience_ends_a_run_early(start_run, mode):
+    """Evaluated, the engine says the same whatever it has learned: 12 sampled and 4 greedy responses go round."""
+    evaluations = ("eval.frequency=1", "eval.num_prompts=4", "eval.num_samples=3", "train.stop_patience=1")
+    pushes = ("train.weight_update_frequency=2", "train.deterministic=true") if mode == "async" else ()
+    stopped = start_run(*evaluations, *pushes, mode=mode)
+    assert stopped.summary["dialog_turns"] == 16  # of 48: a batch, a push, an evaluation that is no better
+    assert len(values(stopped, "eval/pass@1")) == 2
+    assert stopped.summary["status"] == "completed"
+    assert stopped.summary["eval"]["best"] == stopped.summary["eval"]["before"]

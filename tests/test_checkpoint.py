@@ -1,19 +1,35 @@
-"""`expert_iteration.checkpoint`: what is in a checkpoint, when it is there, and the model as a Hugging Face folder."""
+"""`expert_iteration.checkpoint`: what is in a checkpoint, and when it is there."""
 
-import json
+import math
+import resource
+import signal
+import subprocess
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import random_policy
-from safetensors import safe_open
 from tensordict import TensorDict, lazy_stack
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 import ei_utils
-from expert_iteration.checkpoint import Checkpointer, save_pretrained
+from expert_iteration.checkpoint import (
+    Checkpointer,
+    RunParts,
+    load_packed,
+    load_rows,
+    load_state,
+    save_rows,
+    weights_fingerprint,
+)
+from expert_iteration.checkpoint_files import newest_whole, open_checkpoint
 from expert_iteration.config import to_plain_dict
 from expert_iteration.devices import compute_device_allocation
+from expert_iteration.errors import UserError
+from expert_iteration.interruption import Interrupted, StopRequest
+from expert_iteration.packed_weights import PackedWeights
 from expert_iteration.policy_reader import PolicyReader
+from expert_iteration.position import Position
 
 # DESIGN section 5: other programs read these.
 CONTRACT = {
@@ -56,6 +72,24 @@ def learner(make_learner):
     return learner
 
 
+def checkpointer_of(directory, learner, cfg, **changes):
+    """A checkpointer of which all parts but the learner have nothing to say."""
+    parts = {
+        "position": Position(),
+        "collector": SimpleNamespace(state_dict=dict),
+        "replay_buffer": SimpleNamespace(state_dict=lambda: {"_storage": [], "_writer_state": None}),
+        "learner": learner,
+        "weight_updater": SimpleNamespace(state_dict=dict, pushed_weights=None),
+        "evaluator": SimpleNamespace(state_dict=dict, latest={}),
+        "metrics": SimpleNamespace(state_dict=lambda: {"file_bytes": {}}),
+        "reference_updater": SimpleNamespace(version=0, weights=None),
+    }
+    stop = changes.pop("stop", StopRequest())
+    return Checkpointer(
+        directory, RunParts(**(parts | changes)), cfg, about={"run_dir": "run"}, clock=lambda: 1.5, stop=stop
+    )
+
+
 def files(directory):
     return sorted(path.name for path in directory.iterdir())
 
@@ -64,7 +98,7 @@ def files(directory):
 
 
 def test_a_checkpoint_loads_without_running_code_and_has_what_was_promised(learner, cfg, tmp_path):
-    path = Checkpointer(tmp_path / "made" / "for it", learner, cfg).save()
+    path = checkpointer_of(tmp_path / "made" / "for it", learner, cfg).save()
     assert path == tmp_path / "made" / "for it" / "checkpoint_1.pt"
     loaded = torch.load(path, weights_only=True)
     assert loaded.keys() >= CONTRACT
@@ -91,16 +125,17 @@ def test_every_tensor_is_on_the_cpu_when_it_is_written(learner, cfg, tmp_path, m
         moved.append(move(tensor).clone())
         return moved[-1]
 
-    def look_and_save(state, path):
-        written.extend(tensors_in(state))
-        save(state, path)
+    def look_and_save(state, file):
+        if file.name.endswith(".pt.tmp"):
+            written.extend(tensors_in(state))
+        save(state, file)
 
     state = learner.state_dict()
     nested = {"extra": [torch.ones(2), (torch.zeros(3), {"deep": torch.ones(1)})]}
     monkeypatch.setattr(learner, "state_dict", lambda: state | nested)
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch, "save", look_and_save)
-    path = Checkpointer(tmp_path, learner, cfg).save()
+    path = checkpointer_of(tmp_path, learner, cfg).save()
     num_expected = len(tensors_in([state, nested, learner.model.state_dict()]))
     assert len(written) == num_expected > 3 * len(list(learner.model.parameters()))
     assert {id(tensor) for tensor in written} == {id(tensor) for tensor in moved}
@@ -113,7 +148,7 @@ def test_every_tensor_is_on_the_cpu_when_it_is_written(learner, cfg, tmp_path, m
 
 
 def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(learner, make_learner, cfg, tmp_path):
-    loaded = torch.load(Checkpointer(tmp_path, learner, cfg).save(), weights_only=True)
+    loaded = torch.load(checkpointer_of(tmp_path, learner, cfg).save(), weights_only=True)
     other = make_learner()
     other.load_checkpoint(loaded)
     for seed in (1, 2):
@@ -141,7 +176,7 @@ def test_with_adapters_a_checkpoint_holds_them_alone_and_names_their_base(
 
     learner = start(seed=0)
     learner.step(make_batch(0))
-    loaded = torch.load(Checkpointer(tmp_path, learner, cfg).save(), weights_only=True)
+    loaded = torch.load(checkpointer_of(tmp_path, learner, cfg).save(), weights_only=True)
     assert loaded["base_model"] == "tiny"
     adapters = dict(PolicyReader().adapters(learner.model))
     assert loaded["model_state_dict"].keys() == adapters.keys()
@@ -152,133 +187,185 @@ def test_with_adapters_a_checkpoint_holds_them_alone_and_names_their_base(
 
 
 def test_each_step_has_a_checkpoint_of_its_own_and_nothing_else_is_left(learner, cfg, tmp_path):
-    checkpointer = Checkpointer(tmp_path, learner, cfg)
+    checkpointer = checkpointer_of(tmp_path, learner, cfg)
     checkpointer.save()
     learner.step(make_batch(1))
     checkpointer.save()
-    assert files(tmp_path) == ["checkpoint_1.pt", "checkpoint_2.pt"]
+    assert files(tmp_path) == ["checkpoint_1", "checkpoint_1.pt", "checkpoint_2", "checkpoint_2.pt"]
     assert torch.load(tmp_path / "checkpoint_2.pt", weights_only=True)["step"] == 2
 
 
 def test_a_step_is_written_once(learner, cfg, tmp_path):
-    checkpointer = Checkpointer(tmp_path, learner, cfg)
+    checkpointer = checkpointer_of(tmp_path, learner, cfg)
     path = checkpointer.save()
     path.write_bytes(b"not written again")
     assert checkpointer.save() == path
     assert path.read_bytes() == b"not written again"
 
 
-def test_an_error_while_saving_leaves_the_previous_checkpoint_and_no_part_of_the_new(
-    learner, cfg, tmp_path, monkeypatch
-):
-    checkpointer = Checkpointer(tmp_path, learner, cfg)
-    checkpointer.save()
-    learner.step(make_batch(1))
-
-    def fill_the_disk(state, path):
-        path.write_bytes(b"half a checkpoint")
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fill_the_disk)
-        with pytest.raises(OSError, match="No space left"):
-            checkpointer.save()
-    assert files(tmp_path) == ["checkpoint_1.pt"]
-    assert torch.load(tmp_path / "checkpoint_1.pt", weights_only=True)["step"] == 1
-    checkpointer.save()
-    assert files(tmp_path) == ["checkpoint_1.pt", "checkpoint_2.pt"]
-
-
 def test_the_name_appears_only_when_the_file_is_whole(learner, cfg, tmp_path, monkeypatch):
     save, seen = torch.save, []
 
-    def look_while_saving(state, path):
-        save(state, path)
+    def look_while_saving(state, file):
+        save(state, file)
         seen.append(files(tmp_path))
 
     monkeypatch.setattr(torch, "save", look_while_saving)
-    Checkpointer(tmp_path, learner, cfg).save()
-    ((name,),) = seen
-    assert not name.endswith(".pt")
-    assert files(tmp_path) == ["checkpoint_1.pt"]
+    checkpointer_of(tmp_path, learner, cfg).save()
+    assert seen == [[".checkpoint_1.pt.tmp"], [".checkpoint_1.tmp", "checkpoint_1.pt"]]
 
 
-# --- Hugging Face folders ---
+def test_the_manifest_says_where_the_run_stands_and_the_files_are_as_it_says(learner, cfg, tmp_path):
+    evaluator = SimpleNamespace(state_dict=dict, latest={"pass@1": 0.25, "reward": math.nan})
+    writer_state = {"num_written": 3}
+    buffer = SimpleNamespace(state_dict=lambda: {"_storage": [{"a": torch.ones(2)}], "_writer_state": writer_state})
+    checkpointer_of(tmp_path, learner, cfg, evaluator=evaluator, replay_buffer=buffer).save()
+    checkpoint = open_checkpoint(tmp_path / "checkpoint_1")
+    checkpoint.verify()
+    manifest = checkpoint.manifest
+    assert {name: manifest[name] for name in ("step", "optimizer_steps", "num_batches", "seconds", "score")} == {
+        "step": 1,
+        "optimizer_steps": 1,
+        "num_batches": 3,
+        "seconds": 1.5,
+        "score": 0.25,
+    }
+    assert manifest["evaluation"]["reward"] is None
+    assert manifest["config"]["train"]["topk_size"] == 2
+    assert set(manifest["files"]) == {"checkpoint_1.pt", "checkpoint_1/state.pt", "checkpoint_1/buffer.td"}
+    state = load_state(checkpoint.folder)
+    assert torch.equal(state["buffer"]["_storage"][0]["a"], torch.ones(2))
 
 
-def untied(model):
-    """The same model with a head of its own."""
-    config = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": False})
-    copy = Qwen2ForCausalLM(config)
-    copy.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        copy.lm_head.weight.mul_(1.5)
-    return copy.eval()
+def test_rows_come_back_with_texts_and_lengths_of_their_own(tmp_path):
+    rows = [
+        {"tokens": {"full": torch.arange(n)}, "text": {"response": "é" * n}, "finish_reason": "stop"} for n in (3, 5)
+    ]
+    save_rows(rows, tmp_path / "rows")
+    loaded = load_rows(tmp_path / "rows")
+    (tmp_path / "rows").unlink()
+    assert [row["text"]["response"] for row in loaded] == ["ééé", "ééééé"]
+    assert [row["tokens"]["full"].tolist() for row in loaded] == [[0, 1, 2], [0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_folder_gives_the_model_back(load_tiny_model, tiny_tokenizer, tmp_path, tied, dtype):
-    model = load_tiny_model() if tied else untied(load_tiny_model())
-    save_pretrained(model, tiny_tokenizer, tmp_path, dtype)
-    as_saved = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert {parameter.dtype for parameter in as_saved.parameters()} == {dtype}
-    # Computed in float32 on both sides, so that rounding the weights is the only difference there may be.
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    chat = [{"role": "user", "content": "Amy has 3 apples."}]
-    ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False)
-    assert ids.tolist() == tiny_tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=False).tolist()
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+def packed(value):
+    weights = {"a": torch.full((3,), value), "b": torch.full((2, 2), value, dtype=torch.bfloat16)}
+    made = PackedWeights.allocate(weights.items(), torch.float32)
+    made.pack(weights.items())
+    return made
 
 
-def test_adapters_are_saved_merged_as_an_ordinary_model(load_tiny_model, tiny_tokenizer, tmp_path):
-    policy = random_policy(load_tiny_model()).eval()
-    save_pretrained(policy, tiny_tokenizer, tmp_path, torch.float32)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert {name for name, _ in loaded.named_parameters()} == {name for name, _ in load_tiny_model().named_parameters()}
-    ids = torch.arange(8)[None]
-    with torch.no_grad():
-        found, expected = loaded(ids).logits, policy(ids).logits
-        assert (expected - load_tiny_model()(ids).logits).abs().max() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+@pytest.mark.parametrize(
+    ("overrides", "pushed_at", "kept"),
+    [
+        ((), 0, False),  # the engine is pushed to before it is used again
+        (("train.weight_update_frequency=4",), 0, True),
+        (("train.weight_update_frequency=4",), 1, False),  # it has what the checkpoint has
+    ],
+)
+def test_the_weights_of_the_last_push_are_kept_where_the_engine_goes_on_with_them(
+    make_cfg, learner, tmp_path, overrides, pushed_at, kept
+):
+    updater = SimpleNamespace(state_dict=dict, pushed_weights=packed(2.0))
+    position = Position(pushed_at=pushed_at)
+    checkpointer_of(tmp_path, learner, make_cfg(*overrides), weight_updater=updater, position=position).save()
+    loaded = load_packed(tmp_path / "checkpoint_1" / "engine.safetensors")
+    assert (loaded is not None) == kept
+    if loaded is not None:
+        assert {name: tensor.tolist() for name, tensor in loaded} == {"a": [2.0] * 3, "b": [[2.0] * 2] * 2}
+        assert loaded.layout == updater.pushed_weights.layout
 
 
-def test_tied_weights_that_are_read_as_copies_are_written_once(load_tiny_model, tiny_tokenizer, tmp_path):
-    """As of a sharded policy, whose tensors are gathered one by one."""
-
-    class CopyingReader(PolicyReader):
-        def _whole(self, tensor):
-            return tensor.clone()
-
-    save_pretrained(load_tiny_model(), tiny_tokenizer, tmp_path, torch.float32, CopyingReader())
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert {"model.embed_tokens.weight"} == {"model.embed_tokens.weight", "lm_head.weight"} & set(file.keys())
+def test_models_of_one_shape_have_other_fingerprints(load_tiny_model):
+    first, second = load_tiny_model(), load_tiny_model()
+    assert weights_fingerprint(first) == weights_fingerprint(second)
+    second.model.norm.weight.data[0] += 1e-6
+    assert weights_fingerprint(first) != weights_fingerprint(second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tied_weights_are_written_once(load_tiny_model, tiny_tokenizer, tmp_path, dtype):
-    save_pretrained(load_tiny_model(), tiny_tokenizer, tmp_path, dtype)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-        assert {file.get_tensor(name).dtype for name in names} == {dtype}
-    assert "model.embed_tokens.weight" in names
-    assert "lm_head.weight" not in names
-    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+# --- disks that are full, and directories that may not be written to ---
 
 
-def test_saving_leaves_the_model_as_it_was_and_may_be_repeated(load_tiny_model, tiny_tokenizer, tmp_path):
-    model = load_tiny_model().train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for _ in range(2):
-        save_pretrained(model, tiny_tokenizer, tmp_path, torch.bfloat16)
-    assert model.training
-    assert str(model.config.dtype).removeprefix("torch.") == "float32"
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+@contextmanager
+def files_no_larger_than(num_bytes):
+    """As on a full disk, writing fails in the middle of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def big_rows():
+    return {"_storage": [{"a": torch.ones(4_000_000)}], "_writer_state": None}
+
+
+BIG = {  # what is too big, by the part that is asked for it
+    "weights": {},
+    "state": {"collector": SimpleNamespace(state_dict=lambda: {"big": torch.ones(4_000_000)})},
+    "pushed": {"weight_updater": SimpleNamespace(state_dict=dict, pushed_weights=None)},
+}
+
+
+@pytest.mark.parametrize("part", BIG)
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_says_so(make_cfg, learner, tmp_path, part):
+    cfg = make_cfg("train.weight_update_frequency=4")
+    if part == "pushed":
+        BIG[part]["weight_updater"].pushed_weights = PackedWeights([], torch.ones(16_000_000, dtype=torch.uint8))
+    checkpointer_of(tmp_path, learner, cfg).save()
+    before = files(tmp_path)
+    learner.step(make_batch(1))
+    checkpointer = checkpointer_of(tmp_path, learner, cfg, **BIG[part])
+    limit = 1_000_000 if part == "weights" else 15_000_000
+    with files_no_larger_than(limit), pytest.raises(UserError, match=r"checkpoint_2\.pt could not be written") as error:
+        checkpointer.save()
+    assert "File too large" in str(error.value)
+    assert str(tmp_path / "checkpoint_1") in str(error.value)
+    assert set(before) <= set(files(tmp_path)) <= {*before, "checkpoint_2.pt"}
+    checkpoint, complaints = newest_whole(tmp_path)
+    assert (checkpoint.step, complaints) == (1, [])
+    checkpointer.save()
+    assert newest_whole(tmp_path)[0].step == 2
+
+
+# Two checkpoints of the tiny model take 11 MB; the rows of a mapped file must not kill the process.
+@pytest.mark.parametrize(
+    ("megabytes", "parts"), [(8, {}), (16, {"replay_buffer": SimpleNamespace(state_dict=big_rows)})]
+)
+def test_a_full_disk(learner, cfg, tmp_path, megabytes, parts):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    try:
+        checkpointer_of(disk, learner, cfg).save()
+        learner.step(make_batch(1))
+        with pytest.raises(UserError, match="No space left on device"):
+            checkpointer_of(disk, learner, cfg, **parts).save()
+        assert newest_whole(disk)[0].step == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_directory_that_cannot_be_made_is_said(learner, cfg, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Not a directory.*There is none before it.*checkpoint_dir"):
+        checkpointer_of(tmp_path / "file" / "checkpoints", learner, cfg).save()
+
+
+# --- being asked to stop ---
+
+
+def test_a_run_that_is_asked_to_stop_saves_first(learner, cfg, tmp_path):
+    stop = StopRequest()
+    checkpointer = checkpointer_of(tmp_path, learner, cfg, stop=stop)
+    checkpointer.stop_if_asked()
+    assert files(tmp_path) == []
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        checkpointer.stop_if_asked()
+    assert newest_whole(tmp_path)[0].step == 1

@@ -90,6 +90,7 @@ import json, os, signal, subprocess, sys, time
 import psutil, ray
 from expert_iteration import cluster
 from expert_iteration.cli import compose_config
+from expert_iteration.interruption import StopSignals
 from expert_iteration.resolve import resolve_config
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
@@ -107,7 +108,7 @@ class Busy:
 cluster.RELEASE_SECONDS = 2
 other = subprocess.Popen([sys.executable, "-c", STUBBORN])
 try:
-    with cluster.ray_running(resolve_config(compose_config("ei_tiny"), "sync")):
+    with cluster.ray_running(resolve_config(compose_config("ei_tiny"), "sync"), StopSignals()):
         actor = ray.remote(num_cpus=0)(Busy).remote()
         actor_process = psutil.Process(ray.get(actor.start.remote()))
         actor.work.remote()

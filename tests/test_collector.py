@@ -63,9 +63,26 @@ class FakeReference:
         return [row / -100 for row in rows]
 
 
+class FakeRecords:
+    """Keeps what it sees."""
+
+    def __init__(self, batches, records):
+        self.batches, self.send = batches, records.append
+
+    def __call__(self, batch):
+        self.batches.append(batch)
+        return batch
+
+    def state_dict(self):
+        return {"seen": len(self.batches)}
+
+    def load_state_dict(self, state):
+        self.loaded = state
+
+
 def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_token=True, topk=TOPK, **options):
     """An `ExpertCollector` with everything it works with as attributes of one object."""
-    task = Task("digits", SYSTEM_PROMPT, PROBLEMS, [], reward_is_the_number, reward_is_the_number)
+    task = Task("digits", SYSTEM_PROMPT, PROBLEMS, [], reward_is_the_number, reward_is_the_number, bool)
     parts = SimpleNamespace(
         engine=FakeEngine(tokenizer, texts),
         reference=FakeReference(),
@@ -80,13 +97,14 @@ def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_toke
         ),
     )
     parts.collector = ExpertCollector(
-        make_env=lambda: make_task_env(task, tokenizer, num_envs=num_envs, repeats=REPEATS, seed=seed),
+        make_env=lambda first_group: make_task_env(
+            task, tokenizer, num_envs=num_envs, repeats=REPEATS, seed=seed, first_group=first_group
+        ),
         policy=EnginePolicy(
             parts.engine, tokenizer, Sampling(max_tokens=3), seed=seed, keep_stop_token=keep_stop_token
         ),
         selector=TopKRewardSelector(REPEATS, topk, group_key="group_id"),
-        postproc=lambda batch: parts.batches.append(batch) or batch,
-        log_record=parts.records.append,
+        postproc=FakeRecords(parts.batches, parts.records),
         **{
             "retrieve_log_prob": RetrieveLogProb(parts.reference.score),
             "dialog_turns_per_batch": TURNS,
@@ -340,3 +358,30 @@ def test_writing_follows_collecting(tiny_tokenizer):
     collect(parts)
     with pytest.raises(AssertionError, match="follows collect"):
         parts.collector.write(parts.buffer)
+
+
+# --- going on where another stood ---
+
+
+@pytest.mark.parametrize("num_envs", [2, 16])
+def test_a_collector_goes_on_where_another_stood(tiny_tokenizer, num_envs):
+    whole = make_collector(tiny_tokenizer, num_envs=num_envs)
+    collect(whole, batches=2)
+    state = whole.buffer.state_dict()["_writer_state"]
+    assert (state["num_written"], state["turns"], state["next_group"]) == (2, 2 * TURNS, 2 * TURNS // REPEATS)
+    other = make_collector(tiny_tokenizer, num_envs=num_envs, state=state)
+    asked = len(whole.engine.calls)
+    assert collect(other) == collect(whole)
+    assert other.engine.calls == whole.engine.calls[asked:]
+    ids = [[int(row["group_id"]) for row in parts.batches[-1].unbind(0)] for parts in (whole, other)]
+    assert ids[0] == ids[1]
+    numbers = [[int(row["response_id"]) for row in stored(parts)] for parts in (whole, other)]
+    assert numbers[1] == numbers[0][-len(numbers[1]) :]
+
+
+def test_a_batch_that_kept_nothing_is_noted_too(tiny_tokenizer):
+    parts = make_collector(tiny_tokenizer, texts=["1"])
+    collect(parts)
+    state = parts.buffer.state_dict()["_writer_state"]
+    assert (state["num_written"], state["empty_batches"]) == (1, 1)
+    assert [batch["responses_kept"] for batch in state["last_written"]] == [0]

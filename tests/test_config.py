@@ -258,6 +258,7 @@ def test_same_configuration_as_plain_data():
         ("device=tpu", "auto, cpu, cuda"),
         ("train.loss_function=dpo", "sft, minor_sft"),
         ("train.selection=best", "above_median, random"),
+        ("train.restart_from=start", "current, base"),
         ("optimizer.name=Lion", "AdamW, Adam, SGD"),
         ("optimizer.scheduler.type=step", "cosine_with_warmup, linear, constant"),
         ("train.kl_to_ref_schedule.type=step", "constant, linear, cosine"),
@@ -324,7 +325,7 @@ def test_added_unknown_key_is_refused():
         ("optimizer.schedular", "did you mean optimizer.scheduler?"),
         ("logging.checkpointdir", "did you mean logging.checkpoint_dir?"),
         ("reward.zzz", "reward has fn."),
-        ("zzz", "the top level has seed, device, placement, env"),
+        ("zzz", "the top level has seed, resume, resume_from, device"),
         ("train.exp_name", "use logging.experiment_name."),
         ("logging.checkpoint_frequency", "use train.checkpoint_frequency."),
         ("ref_model.lora.enabled", "is gone: the reference is the frozen start model"),
@@ -363,6 +364,7 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
             "env.dataset_path": "data.jsonl",
             "reward.fn": "my_reward.py:score",
             "tiny.cache_dir": "~/cache",
+            "train.from_expert_set": "data.jsonl",
             "logging.checkpoint_dir": "~/checkpoints",
         }
     )
@@ -370,6 +372,7 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     assert cfg.env.dataset_path == str(tmp_path / "data.jsonl")
     assert cfg.reward.fn == f"{tmp_path / 'my_reward.py'}:score"
     assert cfg.tiny.cache_dir == str(tmp_path / "cache")
+    assert cfg.train.from_expert_set == str(tmp_path / "data.jsonl")
     assert cfg.logging.checkpoint_dir == str(tmp_path / "checkpoints")
     assert load({"model.name": "~/model"}).model.name == str(tmp_path / "model")
 
@@ -419,6 +422,18 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         for mode in ("sync", "async")
     ],
     (
+        "buffer_holds_what_accumulates",
+        {"train.restart_from": "base", "train.buffer_size": 1023},
+        "sync",
+        ["train.buffer_size (1023)", "train.restart_from=base", "16 batches x 64 kept = 1024 responses"],
+    ),
+    (
+        "buffer_holds_what_accumulates",
+        {"train.accumulate_expert_set": True, "train.buffer_size": 64},
+        "sync",
+        ["train.buffer_size (64)", "accumulate_expert_set=true", "buffer_size=null", "empty_replay_buffer=false"],
+    ),
+    (
         "max_ahead_holds_a_batch",
         {"train.max_ahead": 31},
         "async",
@@ -431,6 +446,43 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         {"train.max_policy_age": 0, "train.sync_iter": False},
         "sync",
         ["train.max_policy_age (0)", "train.sync_iter=false", "train.max_policy_age=1", "train.sync_iter=true"],
+    ),
+    (
+        "accumulation_forgets_nothing",
+        {"train.accumulate_expert_set": True, "train.max_policy_age": 2},
+        "sync",
+        ["train.max_policy_age (2)", "train.accumulate_expert_set=true", "train.max_policy_age=null"],
+    ),
+    (
+        "accumulation_belongs_to_sync",
+        {"train.accumulate_expert_set": True},
+        "async",
+        ["train.accumulate_expert_set (true)", "sync mode only", "raise train.buffer_size", "mode=sync"],
+    ),
+    (
+        "restarting_belongs_to_sync",
+        {"train.restart_from": "base"},
+        "async",
+        ["train.restart_from (base)", "train.restart_from=current", "mode=sync"],
+    ),
+    (
+        "restarting_pushes_finished_policies",
+        {"train.restart_from": "base", "train.weight_update_frequency": 4},
+        "sync",
+        ["train.weight_update_frequency (4)", "train.restart_from=base", "train.weight_update_frequency=null"],
+    ),
+    (
+        "expert_set_exists",
+        {"train.from_expert_set": "/nowhere"},
+        "sync",
+        ["train.from_expert_set (/nowhere) does not exist", "null"],
+    ),
+    ("expert_set_exists", {"train.from_expert_set": __file__}, "sync", [__file__, ".parquet or .jsonl"]),
+    (
+        "expert_set_belongs_to_sync",
+        {"train.from_expert_set": str(CONFIG_DIR)},
+        "async",
+        [f"train.from_expert_set ({CONFIG_DIR})", "python expert-iteration-sync.py mode=sync"],
     ),
     (
         "async_pushes_weights",
@@ -468,6 +520,27 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         {"ref_model.num_devices": 0},
         "sync",
         ["ref_model.num_devices (0)", "train_model.lora.enabled=true", "ref_model.num_devices=null"],
+    ),
+    (
+        "refreshed_reference_has_a_place",
+        {"ref_model.refresh_every": 4, "train_model.lora.enabled": True},
+        "sync",
+        ["ref_model.refresh_every (4)", "adapters off", "ref_model.num_devices=1", "ref_model.refresh_every=null"],
+    ),
+    *[
+        (
+            "refreshed_reference_has_a_use",
+            {"ref_model.refresh_every": 4, "train.kl_to_ref_coeff": coefficient},
+            "sync",
+            ["ref_model.refresh_every (4)", f"kl_to_ref_coeff={coefficient}", "ref_model.refresh_every=null"],
+        )
+        for coefficient in (None, 0.0)
+    ],
+    (
+        "refreshed_reference_is_not_quantized",
+        {"ref_model.refresh_every": 4, "ref_model.quantization.enabled": True},
+        "sync",
+        ["ref_model.refresh_every (4)", "four bits", "ref_model.quantization.enabled=false"],
     ),
     (
         "quantization_needs_lora",
@@ -539,6 +612,31 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("betas_are_two_rates", {"optimizer.betas": [0.9, 1.0]}, "sync", ["optimizer.betas ([0.9, 1.0])"]),
     ("warmup_is_fraction_or_steps", {"optimizer.scheduler.warmup_steps": 2.5}, "sync", ["warmup_steps (2.5)"]),
     ("evaluation_samples_differ", {"eval.temperature": 0}, "sync", ["eval.num_samples (4)", "eval.temperature=0"]),
+    (
+        "pass_at_k_has_its_samples",
+        {"eval.k": 5},
+        "sync",
+        ["eval.k (5) cannot exceed eval.num_samples (4)", "raise eval.num_samples, or lower eval.k"],
+    ),
+    (
+        "policies_are_compared_by_a_figure",
+        {"eval.metric": "pass@2"},
+        "sync",
+        ["eval.metric (pass@2)", "pass@1, pass@k, greedy, reward"],
+    ),
+    *[
+        (
+            "evaluation_alone_trains_nothing",
+            {"eval.only": True, key: value},
+            "sync",
+            [f"{key} ({value})", "eval.only=true", "model.name=RUN_DIR/last", "eval.only=false"],
+        )
+        for key, value in (
+            ("train.from_expert_set", str(CONFIG_DIR)),
+            ("resume_from", str(CONFIG_DIR)),
+            ("resume", "auto"),
+        )
+    ],
     ("model_exists", {"model.name": "/no/such/model"}, "sync", ["model.name (/no/such/model)", "config.json"]),
     ("model_exists", {"model.name": "~/no/such/model"}, "sync", ["/no/such/model", "config.json"]),
     ("model_exists", {"model.name": "Qwen 2.5"}, "sync", ["'Qwen 2.5'", "hub id"]),
@@ -633,6 +731,9 @@ def is_number(key: str) -> bool:
         ({"train.total_dialog_turns": 20}, "sync"),
         ({"train.checkpoint_frequency": 0, "eval.frequency": 0, "logging.num_samples": 0}, "sync"),
         ({"eval.temperature": 0, "eval.num_samples": 1}, "sync"),
+        ({"eval.k": 4}, "sync"),
+        *(({"eval.metric": metric}, "async") for metric in schema.EVAL_METRICS),
+        ({"eval.only": True}, "async"),
         ({"inference_model.top_p": 1.0, "inference_model.gpu_memory_utilization": 1.0}, "sync"),
         ({"train.mixed_precision": True, "train_model.torch_dtype": "bfloat16"}, "sync"),
         ({"train_model.lora.dropout": 0.99}, "sync"),
@@ -640,6 +741,18 @@ def is_number(key: str) -> bool:
         ({"ref_model.num_devices": 2, "train_model.lora.enabled": True}, "async"),
         ({"train_model.quantization.enabled": True, "train_model.lora.enabled": True}, "sync"),
         ({"ref_model.quantization.enabled": True}, "sync"),
+        ({"train.from_expert_set": str(CONFIG_DIR), "train.buffer_size": 1}, "sync"),
+        ({"train.restart_from": "base"}, "sync"),
+        ({"train.restart_from": "base", "train.buffer_size": 1024}, "sync"),
+        ({"train.restart_from": "base", "train.accumulate_expert_set": False, "train.max_policy_age": 1}, "sync"),
+        ({"train.accumulate_expert_set": True, "train.weight_update_frequency": 4}, "sync"),
+        ({"train.accumulate_expert_set": False}, "async"),
+        ({"ref_model.refresh_every": 1}, "async"),
+        ({"ref_model.refresh_every": 1, "train_model.lora.enabled": True, "ref_model.num_devices": 1}, "sync"),
+        (
+            {"ref_model.refresh_every": 1, "train.loss_function": "minor_sft", "train.kl_to_ref_coeff": None},
+            "sync",
+        ),
         ({"weight_update.lora_only": True, "train_model.lora.enabled": True}, "sync"),
         ({"inference_model.backend": "transformers", "inference_model.num_replicas": 2}, "sync"),
         ({"train_model.num_devices": 2, "inference_model.num_devices": 2, "ref_model.num_devices": 2}, "sync"),

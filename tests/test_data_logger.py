@@ -72,6 +72,7 @@ def test_a_batch_is_summed_up_in_one_record_and_handed_on_unchanged(make_queue):
         "collector/response_tokens": 20.0,
         "collector/time/elapsed": 0.0,
         "collector/dropped_records": 0.0,
+        "collector/batch": 1.0,
     }
 
 
@@ -117,13 +118,18 @@ def test_a_full_queue_drops_the_oldest_and_counts_them(make_queue):
     sending.start()
     sending.join(timeout=60)
     assert not sending.is_alive(), "it waits for room, which nobody will make"
-    assert waiting(queue) == [
-        {"collector/dialog_turns": 2, "collector/dropped_records": 0.0},
-        {"collector/dialog_turns": 3, "collector/dropped_records": 1.0},
-        {"collector/dialog_turns": 4, "collector/dropped_records": 2.0},
-    ]
+
+    def found():
+        names = ("collector/dialog_turns", "collector/dropped_records")
+        return [tuple(record[name] for name in names) for record in waiting(queue)]
+
+    assert found() == [(2, 0.0), (3, 1.0), (4, 2.0)]
     logger.send({"collector/dialog_turns": 5})
-    assert waiting(queue) == [{"collector/dialog_turns": 5, "collector/dropped_records": 2.0}]
+    assert found() == [(5, 2.0)]
+    other = RemoteDataLogger(queue)
+    other.load_state_dict(logger.state_dict())
+    other.send({"collector/dialog_turns": 6})
+    assert found() == [(6, 2.0)]
 
 
 def test_records_of_another_process_reach_the_metrics_file(make_queue, tmp_path):
@@ -147,7 +153,8 @@ def test_records_of_another_process_reach_the_metrics_file(make_queue, tmp_path)
 
 
 class FakeLearner:
-    gradient_steps, optimizer_steps, bad_steps, responses_trained, seconds = 12, 3, 1, 40, 6.0
+    gradient_steps, optimizer_steps, bad_steps, responses_trained = 12, 3, 1, 40
+    tokens_trained, seconds = 1800, 6.0
 
 
 class FakeBuffer:
@@ -213,6 +220,7 @@ def test_a_gradient_step_is_logged_under_the_names_of_the_documentation(tmp_path
         "train/policy_age": 2.0,
         "train/max_policy_age": 3.0,
         "train/steps_per_second": 2.0,
+        "train/tokens_per_second": 300.0,
         "train/gradient_steps_per_write": 1.5,
         "train/optim_steps_per_write": 0.375,
         "buffer/size": 4.0,

@@ -85,6 +85,7 @@ def build(case, loaded, rank, ranks):
         max_bad_steps=2,
         kl_schedule=KLSchedule(start=0.5, end=0.1, shape="linear"),
         parallel=parallel,
+        keep_start=True,
     )
 
 
@@ -222,6 +223,23 @@ def reduce_gradients(rank, _=None):
         parameters[index].grad = torch.full((2,), value)
     Replicas().reduce_gradients(parameters)
     return [None if parameter.grad is None else parameter.grad.tolist() for parameter in parameters]
+
+
+@KINDS
+@ADAPTERS
+def test_a_restart_begins_anew_on_both_ranks(on_two, kind, lora):
+    learner, fresh = on_two(Case(kind, lora)), on_one(Case(kind, lora))
+    start = learner.checkpoint()
+    take_steps(learner)
+    fresh.plan(0, until=1 / 3)  # where two of the six steps have taken the run, for the KL coefficient
+    for begins in (learner, fresh):
+        begins.restart(2, until=1.0)
+    state = learner.checkpoint()
+    assert_same(state["model_state_dict"], start["model_state_dict"])
+    assert state["optimizer_state_dict"]["state"] == {}
+    assert (state["step"], state["optim_step"]) == (2, 2)
+    # The first is of the start weights, the second of one step of a fresh optimizer at the same learning rate.
+    assert take_steps(learner) == pytest.approx(take_steps(fresh), rel=1e-5)
 
 
 # --- what is bad is bad for all ---

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 from expert_iteration import devices
-from expert_iteration.cli import compose_config
+from expert_iteration.cli import CONFIG_DIR, compose_config
 from expert_iteration.config import Config, Parallel
 from expert_iteration.devices import check_devices, compute_device_allocation, parallel_kind
 from expert_iteration.errors import UserError
@@ -38,6 +38,37 @@ def placed(num_accelerators: int, *overrides: str, **kwargs: str) -> tuple:
     inference = [device for replica in allocation["inference_replicas"] for device in replica]
     assert allocation["inference_model_devices"] == inference
     return allocation["inference_replicas"], allocation["ref_model_devices"], allocation["train_model_devices"]
+
+
+@pytest.mark.parametrize("placement", ["auto", "dedicated", "colocated"])
+def test_an_evaluation_alone_takes_engines_only(placement):
+    overrides = ("eval.only=true", f"placement={placement}", "train_model.lora.enabled=false")
+    assert placed(1, *overrides) == ([[0]], [], [])
+    assert placed(8, *overrides, "inference_model.num_devices=2", "train_model.num_devices=4") == ([[0, 1]], [], [])
+    allocation = allocate(1, *overrides)
+    assert (allocation["ray_num_gpus"], allocation["sleeps"]) == (1, False)
+    assert allocation["gpu_shares"] == {"train": 0.0, "inference": 1.0, "reference": 0.0}
+    with pytest.raises(UserError, match=r"^2 for inference_model = 2 accelerators, but 1 is visible"):
+        placed(1, *overrides, "inference_model.num_devices=2")
+
+
+@pytest.mark.parametrize("placement", ["auto", "dedicated", "colocated"])
+def test_an_expert_set_takes_no_engine(placement):
+    overrides = (f"train.from_expert_set={CONFIG_DIR}", f"placement={placement}")
+    allocation = allocate(1, *overrides)
+    assert placed(1, *overrides) == ([], [], [0])
+    assert (allocation["ray_num_gpus"], allocation["sleeps"]) == (1, False)
+    assert allocation["gpu_shares"] == {"train": 1.0, "inference": 0.0, "reference": 0.0}
+    assert placed(0, *overrides, "device=cpu", FULL) == ([], [], [])
+
+
+def test_without_an_engine_reference_and_trainer_share_what_there_is():
+    overrides = (f"train.from_expert_set={CONFIG_DIR}", FULL)
+    assert placed(2, *overrides, "inference_model.num_devices=2") == ([], [0], [1])
+    assert placed(1, *overrides) == ([], [0], [0])
+    assert allocate(1, *overrides)["gpu_shares"] == {"train": 0.5, "inference": 0.0, "reference": 0.5}
+    with pytest.raises(UserError, match=r"^1 for ref_model \+ 2 for train_model = 3 accelerators, but 2 are visible"):
+        placed(2, *overrides, "train_model.num_devices=2")
 
 
 @pytest.mark.parametrize("overrides", [("device=cpu",), ("device=auto",), ("device=cpu", *TWO_EACH)])

@@ -1,8 +1,12 @@
 """Settings without effect are said, each with its reason, and the others are not."""
 
-from functools import cache
+import json
+from functools import cache, reduce
+from operator import getitem
+from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from expert_iteration import effects, keys
 from expert_iteration.cli import compose_config, given_keys
@@ -22,6 +26,9 @@ TRANSFORMERS = ["inference_model.backend=transformers"]
 NO_CACHE = ["inference_model.kv_cache_gib=null"]
 CUDA = ["device=cuda", *NO_CACHE]
 
+# An expert set, as far as the configuration looks at it.
+SET = [f"train.from_expert_set={Path(__file__).parent}"]
+
 # (an override, others with which it is idle, others with which it is not, a word of the reason), for ei_tiny, in sync
 # mode unless an override says otherwise
 CASES: list[tuple[str, list[str], list[str], str]] = [
@@ -37,7 +44,33 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
         ["train.loss_function=minor_sft", "train.kl_to_ref_coeff=null"],
         "loss_function=sft",
     ),
+    *[
+        (override, [*SET, *needed], [*needed, *active], "none are sampled")
+        for overrides, needed, active in (
+            (("env.repeats=4", "reward.fn=math:sqrt", "train.topk_size=1", "train.total_dialog_turns=512"), [], []),
+            (("train.dialog_turns_per_batch=128", "train.weight_update_frequency=4", "train.stop_patience=2"), [], []),
+            (("train.accumulate_expert_set=true", "train.restart_from=base", "train.sync_iter=false"), [], []),
+            (("train.empty_replay_buffer=false", "train.collection_timeout=9", "ref_model.refresh_every=2"), [], []),
+            (("train.buffer_size=1000", "train.max_policy_age=2"), [], ["train.empty_replay_buffer=false"]),
+            ((f"env.dataset_path={Path(__file__).parent}",), ["env.dataset=gsm8k"], []),
+            (("inference_model.backend=transformers", "inference_model.num_devices=2"), [], []),
+            (("inference_model.num_replicas=2", "inference_model.num_threads=1"), [], []),
+            (("inference_model.enforce_eager=false", "inference_model.enable_prefix_caching=false"), [], []),
+            (("inference_model.kv_cache_gib=2",), [], []),
+            (("inference_model.gpu_memory_utilization=0.4",), [], NO_CACHE),
+            (("inference_model.attn_implementation=eager",), [], TRANSFORMERS),
+            (("weight_update.probe_frequency=1", "weight_update.probe_tolerance=0.1"), [], []),
+            (("weight_update.timeout=9",), [], []),
+            (("weight_update.lora_only=true",), LORA, []),
+            (("eval.frequency=1", "eval.num_prompts=10", "eval.num_samples=2", "eval.k=2"), [], []),
+            (("eval.temperature=0.5", "eval.metric=greedy", "expert_set.save=true"), [], []),
+            (("expert_set.token_ids=true",), [], ["expert_set.save=true"]),
+        )
+        for override in overrides
+    ],
+    ("expert_set.token_ids=true", [], ["expert_set.save=true"], "expert_set.save=false"),
     ("train.buffer_size=100", [], ["train.empty_replay_buffer=false"], "empty_replay_buffer=true"),
+    ("train.stop_patience=3", ["eval.frequency=0"], ["eval.frequency=1"], "before and after the run only"),
     ("train.total_optimizer_steps=100", [], ASYNC, "train.epochs"),
     ("train.max_ahead=64", [], ASYNC, "train.sync_iter"),
     ("train.max_ahead=64", [*ASYNC, "train.deterministic=true"], ASYNC, "train.deterministic=true"),
@@ -45,6 +78,18 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
     ("train.epochs=3", [*ASYNC, "train.total_optimizer_steps=100"], ASYNC, "train.total_optimizer_steps"),
     ("train.epochs=3", [*ASYNC, "train.total_optimizer_steps=100"], [], "train.total_optimizer_steps"),
     *[(f"train.empty_replay_buffer={value}", ASYNC, [], "ring") for value in ("true", "false")],
+    *[
+        (f"train.empty_replay_buffer={value}", idle, ["train.restart_from=current"], "all that was ever kept")
+        for value in ("true", "false")
+        for idle in (["train.accumulate_expert_set=true"], ["train.restart_from=base"])
+    ],
+    ("train.accumulate_expert_set=false", ASYNC, ["train.restart_from=base"], "never accumulates"),
+    (
+        "train.buffer_size=2000",
+        ["train.restart_from=base"],
+        ["train.restart_from=base", "train.accumulate_expert_set=false", "train.empty_replay_buffer=false"],
+        "accumulates",
+    ),
     *[
         ("train.max_policy_age=2", [], active, "weights last pushed")
         for active in (
@@ -120,6 +165,20 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
 ]
 
 
+def as_it_is(key: str) -> str:
+    """The override that sets a key to the value that it has in ei_tiny anyway."""
+    value = reduce(getitem, key.split("."), OmegaConf.to_container(tiny(), enum_to_str=True))
+    return f"{key}={json.dumps(value)}"
+
+
+@cache
+def tiny() -> DictConfig:
+    return compose_config("ei_tiny")
+
+
+EVALUATION = ["eval.only=true", *(as_it_is(key) for key in effects.TRAINING_KEYS)]
+
+
 @cache
 def load(task: str, *overrides: str) -> Config:
     mode = "async" if "mode=async" in overrides else "sync"
@@ -136,6 +195,16 @@ def test_idle_settings_are_noted_and_active_ones_are_not(override, idle, active,
     assert line.startswith(f"note: {override.split('=')[0]} has no effect here: ")
     assert reason in line
     assert notes([override, *active]) == []
+
+
+def test_what_trains_says_nothing_to_an_evaluation_alone():
+    reason = "has no effect here: eval.only=true evaluates model.name and trains nothing."
+    assert notes(EVALUATION) == [f"note: {key} {reason}" for key in effects.TRAINING_KEYS]
+
+
+def test_what_an_evaluation_depends_on_is_not_noted():
+    used = ["seed=1", "eval.num_prompts=10", "eval.k=2", "inference_model.temperature=0.5", "env.num_envs=64"]
+    assert notes([*used, "train.collection_timeout=60", "logging.num_samples=2", "eval.only=true"]) == []
 
 
 @pytest.mark.parametrize(
@@ -161,7 +230,8 @@ def test_null_is_no_wish():
 
 def test_every_row_has_a_case():
     """By key and reason. One fires on accelerators only: `test_device_auto_asks_the_machine` has it."""
-    fired = {line for override, idle, _, _ in CASES for line in notes([override, *idle])}
+    cases = [EVALUATION, *([override, *idle] for override, idle, _, _ in CASES)]
+    fired = {line for case in cases for line in notes(case)}
     rows = {f"note: {key} has no effect here: {reason}" for key, _, reason in TABLE}
     [left] = rows - fired
     assert left.startswith("note: inference_model.kv_cache_gib has no effect here: on accelerators")

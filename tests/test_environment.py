@@ -23,7 +23,7 @@ def contains_answer(problems, responses):
 
 
 def make_env(tokenizer, problems=PROBLEMS, *, num_envs=4, repeats=2, seed=0, system_prompt="Be brief."):
-    task = Task("sums", system_prompt, problems, [], contains_answer, contains_answer)
+    task = Task("sums", system_prompt, problems, [], contains_answer, contains_answer, bool)
     return make_task_env(task, tokenizer, num_envs=num_envs, repeats=repeats, seed=seed)
 
 

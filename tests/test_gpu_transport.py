@@ -46,6 +46,7 @@ GREEDY = Sampling(max_tokens=8, temperature=0.0)
         (6, ("inference_model.num_devices=2", "inference_model.num_replicas=2"), Way.nccl),
         (3, ("placement=colocated",), Way.ipc),
         (1, ("inference_model.backend=transformers",), Way.object_store),
+        (1, ("eval.only=true",), Way.object_store),
         (3, ("train_model.lora.enabled=true", "weight_update.lora_only=true"), Way.object_store),
     ],
 )

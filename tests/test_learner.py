@@ -258,6 +258,7 @@ def test_metrics_are_means_over_the_micro_batch():
     assert result["loss_sft"] == pytest.approx(output.loss_sft.item(), rel=1e-6)
     assert result["loss_kl_to_ref"] == pytest.approx(output.loss_kl_to_ref.item(), rel=1e-6)
     assert result["loss"] == pytest.approx(result["loss_sft"] + result["loss_kl_to_ref"], rel=1e-6)
+    assert result["entropy"] == pytest.approx(output.entropy.item(), rel=1e-6)
     assert result["kl_to_ref"] == pytest.approx(2 * result["loss_kl_to_ref"], rel=1e-6)
     assert result["learning_rate"] == 1.0
     assert learner.responses_trained == 3

@@ -33,7 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from expert_iteration import log_probs
-from expert_iteration.log_probs import LogProbModel, token_log_probs
+from expert_iteration.log_probs import LogProbModel, token_log_probs, token_scores
 from expert_iteration.models import load_model
 
 VOCABULARY = 200
@@ -81,10 +81,21 @@ def make_batch(lengths=(20, 13, 17), vocabulary=VOCABULARY, prompt_length=4):
     return input_ids * attention_mask, attention_mask, attention_mask.bool() & (positions >= prompt_length)
 
 
+def whole_logits(model, input_ids, attention_mask):
+    """The model's own, of all tokens but the last: those that predict a token of the row."""
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
+
+
 def whole_log_probs(model, input_ids, attention_mask):
     """By the model's own logits of all tokens."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
+    logits = whole_logits(model, input_ids, attention_mask)
     return F.pad(logits.log_softmax(-1).gather(2, input_ids[:, 1:, None])[..., 0], (1, 0))
+
+
+def whole_entropies(model, input_ids, attention_mask):
+    """By the model's own logits, and torch's own entropy."""
+    logits = whole_logits(model, input_ids, attention_mask)
+    return F.pad(torch.distributions.Categorical(logits=logits).entropy(), (1, 0))
 
 
 def gradients(model, log_probs, mask):
@@ -170,6 +181,57 @@ def test_under_autocast_chunks_compute_as_whole_logits_do():
     assert (one - other).norm() < 0.004 * other.norm()
 
 
+# --- entropies ---
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_entropies_are_those_of_whole_logits(family):
+    torch.manual_seed(0)
+    model = FAMILIES[family]().train()
+    batch = make_batch()
+    expected = whole_entropies(model, *batch[:2])
+    found = token_scores(model, *batch)
+    assert found.entropies.dtype == torch.float32
+    assert not found.entropies.requires_grad
+    assert expected[batch[2]].std() > 1e-4, "the places differ"
+    torch.testing.assert_close(found.entropies[batch[2]], expected[batch[2]], **TOLERANCE)
+    with torch.no_grad():
+        torch.testing.assert_close(token_scores(model, *batch).entropies, found.entropies)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_entropies_change_neither_log_probs_nor_gradients():
+    model, batch = random_model(VOCABULARY).train(), make_batch()
+    plain, scored = token_log_probs(model, *batch), token_scores(model, *batch).log_probs
+    assert torch.equal(scored, plain)
+    for one, other in zip(gradients(model, scored, batch[2]), gradients(model, plain, batch[2]), strict=True):
+        assert torch.equal(one, other)
+
+
+class Exponentials(TorchDispatchMode):
+    """Counts how often a table of probabilities is computed, which entropies take one of."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **kwargs or {})
+        self.count += func.overloadpacket is torch.ops.aten.exp and output.shape[-1:] == (VOCABULARY,)
+        return output
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_entropies_are_computed_once_a_chunk_and_only_where_asked_for():
+    model, (input_ids, attention_mask, response_mask) = random_model(VOCABULARY).train(), make_batch()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with Exponentials() as seen:
+        token_scores(model, input_ids, attention_mask, response_mask).log_probs.sum().backward()
+    assert seen.count == -(-int(response_mask.sum()) // 16)  # and not again in the backward pass
+    with Exponentials() as seen:
+        token_log_probs(model, input_ids, attention_mask, response_mask).sum().backward()
+    assert seen.count == 0
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any operation returned, backward and recomputation included."""
 
@@ -192,7 +254,7 @@ def test_logits_of_all_tokens_never_stand_in_memory(monkeypatch, checkpointing):
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     input_ids, attention_mask, _ = make_batch((100, 100), vocabulary)
     with LargestTensor() as chunked:
-        model(input_ids, attention_mask).sum().backward()
+        model(input_ids, attention_mask, with_entropies=True).log_probs.sum().backward()
     with LargestTensor() as whole:
         whole_log_probs(model.model, input_ids, attention_mask).sum().backward()
     # The head's weight and its gradient have vocabulary x 32 elements.
@@ -249,6 +311,9 @@ def test_a_model_of_another_kind_is_computed_whole_and_said_so_once(caplog):
     expected = whole_log_probs(model, input_ids, attention_mask)
     torch.testing.assert_close(found[response_mask], expected[response_mask])
     assert expected.min() > -70, "the cap shows"
+    entropies = token_scores(model, input_ids, attention_mask).entropies
+    expected = whole_entropies(model, input_ids, attention_mask)
+    torch.testing.assert_close(entropies[response_mask], expected[response_mask])
 
 
 def test_the_proof_leaves_the_model_as_it_was():

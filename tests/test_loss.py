@@ -78,6 +78,13 @@ def plain_terms(model: nn.Module, row: TensorDict) -> tuple[torch.Tensor, torch.
     return torch.stack(log_probs), torch.stack(k3)
 
 
+def plain_entropies(model: nn.Module, row: TensorDict) -> torch.Tensor:
+    """Entropies of the distributions over the response tokens of one row, without padding."""
+    log_probs = model(input_ids=row["tokens", "full"][None]).logits[0].log_softmax(-1)
+    entropies = -(log_probs.exp() * log_probs).sum(-1)
+    return entropies[:-1][row["masks", "all_assistant_mask"][1:]]
+
+
 def gradients(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
     parts = torch.autograd.grad(loss, list(model.parameters()))
     return torch.cat([part.flatten() for part in parts])
@@ -149,6 +156,8 @@ def test_both_terms_equal_a_plain_computation(tokenizer, normalize, reduction):
     torch.testing.assert_close(output.loss_sft, sft, **TOLERANCE)
     torch.testing.assert_close(output.kl_to_ref, kl.detach(), **TOLERANCE)
     torch.testing.assert_close(output.loss_kl_to_ref, 0.7 * kl, **TOLERANCE)
+    entropy = over_responses(torch.stack([over_tokens(plain_entropies(model, row)) for row in rows]))
+    torch.testing.assert_close(output.entropy, entropy.detach(), **TOLERANCE)
     total = (output.loss_sft + output.loss_kl_to_ref).sum()
     expected = gradients(model, (sft + 0.7 * kl).sum())
     torch.testing.assert_close(gradients(model, total), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
@@ -239,6 +248,7 @@ def test_importance_weights_multiply_what_each_response_adds_to_both_terms(token
     if "kl_to_ref_coeff" in options:
         torch.testing.assert_close(output.loss_kl_to_ref, over_responses(weights * each.loss_kl_to_ref), **TOLERANCE)
     assert torch.equal(output.kl_to_ref, plain.kl_to_ref)
+    assert torch.equal(output.entropy, plain.entropy)
 
 
 def test_a_weighted_loss_has_the_gradient_of_a_plain_computation(tokenizer):
@@ -289,7 +299,7 @@ def test_an_empty_response_counts_and_adds_nothing(tokenizer):
     loss_fn = SFTLoss(model, tokenizer, kl_to_ref_coeff=1.0)
     full = loss_fn(lazy_stack(rows))
     output = loss_fn(lazy_stack([*rows, make_row(5, 0, seed=9)]))
-    for name in ("loss_sft", "loss_kl_to_ref", "kl_to_ref"):
+    for name in ("loss_sft", "loss_kl_to_ref", "kl_to_ref", "entropy"):
         torch.testing.assert_close(output.get(name), full.get(name) * 4 / 5, **TOLERANCE)
     output.sum(reduce=True).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

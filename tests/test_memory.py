@@ -29,7 +29,7 @@ from expert_iteration.config import Config
 from expert_iteration.devices import compute_device_allocation
 from expert_iteration.engine_memory import engine_cache_bytes, engine_memory, engine_memory_share
 from expert_iteration.errors import UserError
-from expert_iteration.memory import check_memory, describe_allocation
+from expert_iteration.memory import _loads, check_memory, describe_allocation
 from expert_iteration.memory_terms import (
     FOUR_BITS,
     GIB,
@@ -284,6 +284,28 @@ PROPORTIONS = {
 TOKENS = 2 * 123  # unlike any width
 
 
+def test_start_weights_lie_in_host_memory_beside_what_is_trained():
+    def training(*overrides, accelerators):
+        cfg = load(*overrides, "device=cuda" if accelerators else "device=cpu", FULL)
+        return training_memory(cfg, allocate(cfg, accelerators), qwen(0.5))
+
+    base, shape = "train.restart_from=base", qwen(0.5)
+    for ranks in (1, 2):
+        devices = f"train_model.num_devices={ranks}"
+        with_start, without = training(base, devices, accelerators=0), training(devices, accelerators=0)
+        assert with_start.certain - without.certain == 4 * shape.parameters
+        assert any(term.text == "494.03 M start weights x 4 bytes" for term in with_start.terms)
+    assert training(base, accelerators=4) == training(accelerators=4)
+
+
+def test_a_refresh_is_packed_like_a_push():
+    def packed(*overrides):
+        cfg = load(*overrides, "device=cpu", FULL, "ref_model.torch_dtype=float32")
+        return _loads(cfg, allocate(cfg, 0), qwen(0.5), MemorySizes(host=GIB, accelerators=[]))[0].certain
+
+    assert packed("ref_model.refresh_every=2") - packed() == 2 * 4 * qwen(0.5).parameters
+
+
 def test_only_a_whole_float32_model_is_copied_by_autocast():
     shape, rows, two = qwen(3), "train.optim_batch_size=64", "train_model.num_devices=2"
     assert term(training(shape, FULL, rows), "bfloat16 copies") == 2 * (shape.linear_parameters + 151936 * 2048)
@@ -477,6 +499,23 @@ def test_a_shared_accelerator_is_described_with_the_sum():
     assert lines[3] == "  reference  none   the policy with its adapters off, in the trainer"
     assert lines[4].startswith("  together   GPU 0  ")
     assert lines[4].endswith(" of 24.0 GiB")
+
+
+def test_an_evaluation_alone_holds_the_engine_only():
+    lines = table(qwen(3), gpus(1, 80), FULL, "eval.only=true")
+    assert [line.split()[:3] for line in lines[1:]] == [["inference", "GPU", "0"]]
+    on_cpu = table(qwen(0.5), MemorySizes(host=24 * GIB, accelerators=[]), "eval.only=true", task="ei_tiny")
+    assert [line.split()[0] for line in on_cpu[1:]] == ["inference"]
+
+
+def test_without_an_engine_none_is_described():
+    trained_on = f"train.from_expert_set={CONFIG_DIR}"
+    lines = table(qwen(3), gpus(1, 80), FULL, trained_on, "inference_model.num_devices=3")  # of 16 heads
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["reference", "GPU", "0"],
+        ["train", "GPU", "0"],
+        ["together", "GPU", "0"],
+    ]
 
 
 def test_of_two_the_second_is_described_with_the_sum():

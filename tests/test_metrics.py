@@ -200,6 +200,16 @@ def test_samples_are_one_line_a_prompt(tmp_path):
     assert logger.samples == [(2, 5, "heldout")]
 
 
+def test_rewards_of_an_evaluation_are_one_line(tmp_path):
+    metrics, _ = make_metrics(tmp_path)
+    metrics.rewards([1.0, 0.1, float("nan")], step=5)
+    metrics.rewards([0.5], step=9)
+    assert read_lines(tmp_path / "eval_rewards.jsonl") == [
+        {"step": 5, "rewards": [1.0, 0.1, None]},
+        {"step": 9, "rewards": [0.5]},
+    ]
+
+
 def test_close_flushes_and_ends_the_loggers_once(tmp_path):
     metrics, logger = make_metrics(tmp_path, logging_frequency=10)
     metrics.training(step_result(1, loss=1.0))

@@ -1,6 +1,7 @@
 """`expert_iteration.places`: every process has its accelerators, its threads and its host, or the run is refused."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_the_training_task_has_the_user_s_options_beside_its_place(make_cfg):
     assert first["runtime_env"]["env_vars"] == second["runtime_env"]["env_vars"] | {"MINE": "yes"}
 
 
+def test_an_evaluation_alone_has_engines_and_a_process_without_an_accelerator(allocate):
+    allocation = allocate(2, "eval.only=true", "inference_model.num_replicas=2")
+    assert bundles(allocation) == [(0,), (1,)]
+    places = Places(allocation, {"train": 1, "inference": 1, "reference": 1}, group=object())
+    assert places.engine(1)["num_gpus"] == 1
+    assert places.trainer(0)["num_gpus"] == 0
+    assert places.trainer(0)["runtime_env"]["env_vars"]["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_an_engine_must_fit_on_a_host(allocate):
     allocation = allocate(6, "inference_model.num_devices=4")
     check_hosts(allocation, [2.0, 4.0])
@@ -97,5 +107,7 @@ def test_models_that_work_at_the_same_time_share_the_cores(make_cfg, monkeypatch
     assert default_threads(make_cfg(mode="async")) == {"train": 4, "inference": 4, "reference": 4}
     several = make_cfg("train_model.num_devices=2", "inference_model.num_replicas=2", "inference_model.num_devices=2")
     assert default_threads(several) == {"train": 4, "inference": 4, "reference": 8}
+    alone = make_cfg(f"train.from_expert_set={Path(__file__).parent}", "train.sync_iter=false")
+    assert default_threads(alone) == {"train": 8, "inference": 8, "reference": 8}
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
     assert set(default_threads(make_cfg(mode="async")).values()) == {1}

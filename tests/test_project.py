@@ -59,6 +59,8 @@ def test_the_readme_has_the_published_sections_in_order():
 @pytest.mark.parametrize("command", commands("python"))
 def test_every_command_of_the_readme_composes(command, tmp_path):
     _, script, *arguments = shlex.split(command)
+    (tmp_path / "RUN_DIR" / ".hydra").mkdir(parents=True)
+    (tmp_path / "RUN_DIR" / ".hydra" / "config.yaml").touch()
     done = subprocess.run(
         [sys.executable, str(REPO / script), *arguments, *([] if "--cfg" in arguments else ["--cfg", "job"])],
         cwd=tmp_path,

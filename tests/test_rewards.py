@@ -101,6 +101,28 @@ def test_tiny_reward(response, expected):
     assert rewards.tiny_correct(response, "#### 3") == (expected >= 0.9)
 
 
+# Form
+
+
+@pytest.mark.parametrize(
+    ("response", "has_both", "has_answer"),
+    [
+        ("<think>2+4=6</think><answer>6</answer>", True, True),
+        ("<think>2+4=6</think> so <answer>six</answer>.", True, True),
+        ("<answer>6</answer>", False, True),
+        ("<think>2+4=6</think>6", False, False),
+        ("<think>2+4=6<answer>6</answer>", False, True),
+        ("<think>2+4=6</think><answer>6", False, False),
+        ("<think> </think><answer>6</answer>", False, True),
+        ("<think>2+4=6</think><answer>\n</answer>", False, False),
+        ("", False, False),
+    ],
+)
+def test_form_is_what_the_system_prompt_asks_for_right_or_wrong(response, has_both, has_answer):
+    assert rewards.has_thought_and_answer(response) is has_both
+    assert rewards.has_answer(response) is has_answer
+
+
 def test_batched_functions_keep_the_order_and_refuse_unequal_lengths():
     problems = [Problem("", "#### 1"), Problem("", "#### 2")]
     assert rewards.tiny_rewards(problems, ["<answer>1</answer>", "<answer>1</answer>"]) == [0.9, 0.1]

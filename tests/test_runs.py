@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
+import shlex
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole_runs import LIGHT, REPO, SHORT, Run, shown, without_times
+
+from expert_iteration.model_card import MODEL
 
 GSM8K = REPO.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
@@ -62,6 +68,7 @@ def test_metrics_have_the_published_names(learned):
         *("collector/time/elapsed", "collector/dropped_records", "learning_rate", "optim_step"),
         *(f"train/{name}" for name in ("loss", "loss_sft", "loss_kl_to_ref", "kl_to_ref", "reward", "grad_norm")),
         *(f"train/{name}" for name in ("response_length", "policy_version", "policy_age", "data_read_count")),
+        *("train/entropy", "train/tokens_per_second"),
         *(f"train/{name}" for name in ("gradient_steps_per_write", "optim_steps_per_write", "steps_per_second")),
         *("buffer/reward", "buffer/response_length", "buffer/write_count"),
         *("weights/push_seconds", "weights/wait_seconds", "weights/probe_diff", "weights/policy_version"),
@@ -97,6 +104,25 @@ def test_the_last_model_is_an_ordinary_hugging_face_folder(learned):
 
 
 @pytest.mark.vllm
+def test_what_is_left_scores_alone_as_the_run_did(learned, tmp_path):
+    """The last model, with the command of its own card; the best is an earlier one or a copy of it."""
+    (command,) = re.findall(r"```bash\n(.*)\n```", (learned.dir / "last" / "README.md").read_text())
+    _, _, _, *overrides = shlex.split(command.replace(MODEL, str(learned.dir / "last")))
+    assert overrides[:3] == ["--config-name", "ei_tiny", "eval.only=true"]
+    alone = Run(tmp_path / "run", *overrides[2:]).wait()
+    assert alone.process.returncode == 0, alone.output
+    figures = alone.summary["eval"]
+    assert figures["before"] == figures["after"] == figures["best"] == learned.summary["eval"]["after"]
+    assert "score" in alone.output
+    assert "±" in alone.output
+    assert {path.stem for path in (alone.dir / "logs").iterdir()} == {"engine", "trainer"}
+    assert not (alone.dir / "checkpoints").exists()
+    assert alone.processes_left() == []
+    best = json.loads((learned.dir / "best" / "generation_config.json").read_text())
+    assert best == json.loads((learned.dir / "last" / "generation_config.json").read_text())
+
+
+@pytest.mark.vllm
 def test_nothing_is_left_running(learned):
     assert learned.processes_left() == []
 
@@ -112,11 +138,23 @@ def test_the_screen_shows_the_run_and_not_the_libraries(learned):
 
 
 @pytest.mark.vllm
-def test_one_seed_gives_one_run(learned, tmp_path):
-    again = Run(tmp_path / "run", "train.total_dialog_turns=1024", "eval.frequency=2").wait()
+def test_one_seed_gives_one_run_also_if_it_is_killed_and_gone_on_with(learned, tmp_path):
+    command = (
+        *("train.total_dialog_turns=1024", "eval.frequency=2", "train.checkpoint_frequency=5", "logging.backend=none"),
+        "resume=auto",
+    )
+    killed = Run(tmp_path / "run", *command)
+    killed.wait_for_line('"optim_step": 8')
+    for process in killed.processes():
+        process.kill()
+    killed.wait()
+    assert killed.process.returncode == -signal.SIGKILL
+    again = Run(tmp_path / "run", *command).wait()
     assert again.process.returncode == 0, again.output
+    assert "going on from checkpoint_" in again.output
     assert without_times(again.metrics) == without_times(learned.metrics)
     assert (tmp_path / "run" / "samples.jsonl").read_text() == (learned.dir / "samples.jsonl").read_text()
+    assert again.summary["eval"] == learned.summary["eval"]
 
 
 @pytest.mark.slow
@@ -180,7 +218,29 @@ def test_ctrl_c_writes_the_summary_and_leaves_no_process(tmp_path, mode):
     assert run.summary["status"] == "interrupted"
     assert run.summary["gradient_steps"] > 0
     assert (run.dir / "report.html").exists()
+    assert (run.dir / "checkpoints" / f"checkpoint_{run.summary['gradient_steps']}" / "manifest.json").exists()
+    assert f"resume_from={run.dir}" in run.output
     assert run.processes_left() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_what_a_signal_stopped_goes_on_with_its_own_settings(tmp_path, mode):
+    script = f"expert-iteration-{mode}.py"
+    run = Run(tmp_path / "run", *SHORT, *LIGHT, "train.total_dialog_turns=100000", script=script)
+    run.wait_for_line("weights/policy_version")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait().process.returncode == 143, run.output
+    steps, turns = run.summary["gradient_steps"], run.summary["dialog_turns"]
+    command = [f"mode={mode}", f"resume_from={run.dir}", f"train.total_dialog_turns={turns + 512}"]
+    again = subprocess.run([sys.executable, str(REPO / script), *command], capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"train.total_dialog_turns: 100000 -> {turns + 512}" in again.stdout + again.stderr
+    assert run.summary["status"] == "completed"
+    assert run.summary["gradient_steps"] > steps
+    collected = shown(run.metrics, "collector/dialog_turns")
+    assert collected == [256 * number for number in range(1, len(collected) + 1)]
+    assert (run.dir / ".hydra" / "resumed-1" / "config.yaml").exists()
 
 
 def test_a_failing_run_says_why_and_leaves_no_process(tmp_path):

@@ -132,13 +132,46 @@ def test_a_plan_changes_the_coming_rate_of_every_group():
     assert scheduler.get_last_lr() == pytest.approx([0.6, 0.6], abs=CLOSE)
 
 
+@pytest.mark.parametrize("shape", ["cosine_with_warmup", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 0.25, 3])
+def test_a_plan_made_anew_is_a_whole_schedule_within_the_same_progress_of_the_run(shape, warmup):
+    scheduler = make_scheduler(make_optimizer(), settings(shape, warmup), 1000)
+    for steps, until in ((8, 0.2), (20, 0.5), (12, 1.0)):
+        before = progress(scheduler)
+        plan(scheduler, steps, until, anew=True)
+        whole = rates(make_scheduler(make_optimizer(), settings(shape, warmup), steps), steps)
+        assert progress(scheduler) == before
+        assert rates(scheduler, steps) == pytest.approx(whole, abs=CLOSE)
+        assert min(whole) > 0
+        assert progress(scheduler) == until
+
+
+def test_a_warm_up_that_is_longer_than_a_plan_made_anew_never_ends():
+    scheduler = make_scheduler(make_optimizer(), settings("linear", 10), 1000)
+    for until in (0.5, 1.0):
+        plan(scheduler, 4, until, anew=True)
+        assert rates(scheduler, 4) == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=CLOSE)
+
+
+def test_a_plan_made_anew_after_bad_steps_begins_where_the_optimizer_stands():
+    scheduler = make_scheduler(make_optimizer(), settings("linear", 0), 1000)
+    plan(scheduler, 4, 0.5, anew=True)
+    rates(scheduler, 3)
+    plan(scheduler, 2, 1.0, anew=True)
+    assert progress(scheduler) == pytest.approx(0.375, abs=CLOSE)
+    assert rates(scheduler, 2) == pytest.approx([1.0, 0.5], abs=CLOSE)
+
+
+@pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.parametrize("warmup", [0.3, 8])
-def test_a_restored_scheduler_continues(warmup):
+def test_a_restored_scheduler_continues(warmup, anew):
     def start():
         return create_cosine_scheduler_with_warmup(make_optimizer(), warmup, num_training_steps=100)
 
     scheduler = start()
-    plan(scheduler, 20, until=0.5)
+    plan(scheduler, 10, until=0.2, anew=anew)
+    rates(scheduler, 10)
+    plan(scheduler, 20, until=0.5, anew=anew)
     rates(scheduler, 15)
     saved = io.BytesIO()
     torch.save([scheduler.state_dict(), scheduler.optimizer.state_dict()], saved)

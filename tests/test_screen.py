@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import expert_iteration.screen
-from expert_iteration.screen import Progress, RemoteScreen, Screen
+from expert_iteration.screen import Progress, RemoteScreen, Screen, StepProgress
 
 
 class FakeScreen:
@@ -38,6 +38,18 @@ def collected(seen, kept, turns=256, batch_kept=12):
 # --- Progress: from metrics to the screen ---
 
 
+@pytest.mark.parametrize(("every", "shown"), [(-1, [1, 2, 3]), (float("inf"), [3])])
+def test_where_nothing_is_collected_the_bar_follows_the_steps_to_the_last(screen, monkeypatch, every, shown):
+    monkeypatch.setattr(expert_iteration.screen, "SHOW_EVERY", every)
+    progress = StepProgress(screen)
+    progress.log_metrics({"timeit/training": 0.1}, step=0)
+    for step in (1, 2, 3):
+        progress.log_metrics({"train/loss": step / 8}, step=step)
+    for _ in range(2):
+        progress.close()
+    assert screen.bars == [(step, {"loss": f"{step / 8:.3f}"}) for step in shown]
+
+
 def test_the_bar_follows_the_batches_with_reward_and_kept_responses(screen):
     progress = Progress(screen)
     # The data logger's record of a batch comes first, selection's after it.
@@ -65,8 +77,9 @@ def test_the_bar_shows_training_that_goes_on_without_a_batch_now_and_then(screen
 
 
 def test_evaluations_are_said(screen):
-    Progress(screen).log_metrics({"eval/pass@1": 0.3275, "eval/greedy": 0.44, "eval/reward": 0.5}, step=16)
-    assert screen.lines == ["evaluation after 16 gradient steps: pass@1 0.328, greedy 0.440, reward 0.500"]
+    figures = {"eval/pass@1": 0.3275, "eval/pass@1_stderr": 0.0214, "eval/greedy": 0.44, "eval/reward": 0.5}
+    Progress(screen).log_metrics(figures, step=16)
+    assert screen.lines == ["evaluation after 16 gradient steps: pass@1 0.328 ± 0.021, greedy 0.440, reward 0.500"]
 
 
 def warnings(screen, *counts):
@@ -99,6 +112,13 @@ def test_what_the_screen_says_is_in_the_log_at_once(tmp_path, capsys):
     terminal.close()
     assert (tmp_path / "run.log").read_text().splitlines()[1:] == ["256 turns, reward 0.123, kept 12"]
     assert "waiting for the engine" in capsys.readouterr().out
+
+
+def test_without_a_length_there_is_no_bar(tmp_path, capsys):
+    terminal = Screen(0, tmp_path / "run.log")
+    terminal.say("waiting for the engine")
+    terminal.close()
+    assert capsys.readouterr() == ("waiting for the engine\n", "")
 
 
 def test_messages_of_the_training_process_reach_the_screen(tmp_path):

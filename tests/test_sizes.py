@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from expert_iteration.cli import compose_config
-from expert_iteration.config import Config
+from expert_iteration.config import Config, RestartFrom
 from expert_iteration.resolve import resolve_config
 from expert_iteration.sizes import (
     Sizes,
@@ -25,13 +25,15 @@ def loaded(task: str, mode: str) -> Config:
     return resolve_config(compose_config(task, mode), mode)
 
 
-def changed(task: str = "ei_tiny", mode: str = "sync", **train: int | None) -> Config:
+def changed(task: str = "ei_tiny", mode: str = "sync", **train: int | str | None) -> Config:
     cfg = deepcopy(loaded(task, mode))
     cfg.train = replace(cfg.train, **train)
     return cfg
 
 
-def sizes(task: str = "ei_tiny", mode: str = "sync", *, num_envs: int | None = None, **train: int | None) -> Sizes:
+def sizes(
+    task: str = "ei_tiny", mode: str = "sync", *, num_envs: int | None = None, **train: int | str | None
+) -> Sizes:
     cfg = changed(task, mode, **train)
     cfg.env.num_envs = num_envs or cfg.env.num_envs
     return derive_sizes(cfg)
@@ -43,6 +45,13 @@ def test_sizes_of_the_tiny_run():
     assert (got.max_kept_per_batch, got.buffer_size) == (64, 64)
     # 64 / 16 = 4 micro-batches, twice over, in each of 16 batches
     assert (got.max_gradient_steps, got.max_optimizer_steps) == (128, 128)
+
+
+def test_an_evaluation_alone_says_how_much_it_samples():
+    cfg = changed()
+    cfg.eval.only = True
+    (line,) = describe_sizes(derive_sizes(cfg), cfg)
+    assert line == "evaluation of tiny: 200 prompts x (4 responses at temperature 1 + 1 greedy) = 1000 responses"
 
 
 def test_sizes_of_gsm8k_sync():
@@ -129,6 +138,14 @@ def test_num_envs_always_divides_the_batch_into_groups_or_parts_of_one(num_envs,
     assert got.num_envs % 8 == 0 or 8 % got.num_envs == 0
 
 
+def test_what_accumulates_has_room_for_the_whole_run():
+    for got in (sizes(accumulate_expert_set=True), sizes(restart_from=RestartFrom.base)):
+        assert (got.buffer_size, got.max_trained_per_batch) == (16 * 64, 16 * 64)
+        # 64, 128, ... 1024 responses in micro-batches of 16, twice over
+        assert got.max_gradient_steps == 2 * 4 * sum(range(1, 17))
+    assert sizes(restart_from=RestartFrom.base, accumulate_expert_set=False) == sizes()
+
+
 def simulated_steps(cfg: Config) -> tuple[int, int]:
     """Gradient and optimizer steps of the script's loop, counted, in a run whose batches keep all they may."""
     got, train = derive_sizes(cfg), cfg.train
@@ -138,17 +155,18 @@ def simulated_steps(cfg: Config) -> tuple[int, int]:
         micro_batches = sum(len(range(0, stored, train.optim_batch_size)) for _ in range(train.epochs))
         gradient_steps += micro_batches
         optimizer_steps += len(range(0, micro_batches, train.gradient_accumulation_steps))
-        stored = 0 if train.empty_replay_buffer else stored
+        stored = 0 if train.empty_replay_buffer and not train.accumulate_expert_set else stored
     return gradient_steps, optimizer_steps
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("buffer_size", [None, 64, 100, 200, 10_000])
-@pytest.mark.parametrize("empty", [True, False])
-def test_steps_are_those_of_the_loop(empty, buffer_size, accumulation):
+@pytest.mark.parametrize(("empty", "accumulates"), [(True, False), (False, False), (True, True)])
+def test_steps_are_those_of_the_loop(empty, accumulates, buffer_size, accumulation):
     cfg = deepcopy(loaded("ei_tiny", "sync"))
     train = cfg.train
     train.empty_replay_buffer, train.buffer_size, train.gradient_accumulation_steps = empty, buffer_size, accumulation
+    train.accumulate_expert_set = accumulates
     got = derive_sizes(cfg)
     assert (got.max_gradient_steps, got.max_optimizer_steps) == simulated_steps(cfg)
 
@@ -169,6 +187,13 @@ def test_growth_is_described():
         "64 to 200 responses (the buffer is not emptied) / 16 a gradient step, 2 epochs, 16 batches -> at most 386 "
         "gradient steps; 1 to an optimizer step -> at most 386"
     ) in describe_sizes(derive_sizes(cfg), cfg)
+
+
+def test_classic_expert_iteration_is_described():
+    cfg = changed(restart_from=RestartFrom.base)
+    lines = describe_sizes(derive_sizes(cfg), cfg)
+    assert lines[-2:] == ["buffer: 1024 responses", "each batch fine-tunes the start model anew"]
+    assert "64 to 1024 responses (all that was kept so far) / 16 a gradient step" in lines[-3]
 
 
 def test_buffer_size_is_taken_as_given():

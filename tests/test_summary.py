@@ -1,6 +1,7 @@
 """`summary.json`: the keys that other programs read, and how a run is said to have ended."""
 
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import ray
 
 from expert_iteration.errors import UserError
-from expert_iteration.summary import Summary, failure_summary
+from expert_iteration.summary import Summary, failure_summary, write_summary
 
 # DESIGN section 5.
 CONTRACT = {
@@ -31,7 +32,8 @@ CONTRACT = {
     "max_probe_logprob_diff",
     "eval",
 }
-EVAL_CONTRACT = {"pass@1", "greedy", "reward", "pass@k", "k", "num_prompts"}
+EVAL_CONTRACT = {"pass@1", "pass@1_stderr", "greedy", "reward", "pass@k", "k", "num_prompts"}
+EVAL_CONTRACT |= {"response_length", "truncation_rate", "format_rate"}
 UPDATER = SimpleNamespace(pushes=16, policy_version=16)
 
 
@@ -48,8 +50,9 @@ def make_learner(**changes):
 
 
 def evaluation(pass_at_1):
-    figures = {"pass@1": pass_at_1, "greedy": 0.5, "reward": 0.6, "pass@k": 0.9, "k": 4.0, "num_prompts": 200.0}
-    return {f"eval/{name}": value for name, value in (figures | {"response_length": 18.0}).items()}
+    figures = {"pass@1": pass_at_1, "pass@1_stderr": 0.02, "greedy": 0.5, "reward": 1 - pass_at_1, "pass@k": 0.9}
+    figures |= {"k": 4.0, "num_prompts": 200.0, "response_length": 18.0, "truncation_rate": 0.0, "format_rate": 0.9}
+    return {f"eval/{name}": value for name, value in figures.items()}
 
 
 def summarize(cfg, *lines, error=None, learner=None, started=1000.0):
@@ -151,6 +154,25 @@ def test_a_run_that_never_stepped_has_no_speed_and_no_first_step(make_cfg):
 def test_before_after_and_best_are_evaluations_of_the_run(make_cfg):
     found = summarize(make_cfg(), *map(evaluation, (0.3, 0.8, 0.7)))["eval"]
     assert {name: figures["pass@1"] for name, figures in found.items()} == {"before": 0.3, "best": 0.8, "after": 0.7}
+
+
+def test_the_best_is_so_by_the_metric_and_of_equals_the_first(make_cfg):
+    lines = [evaluation(value) for value in (0.3, 0.8, 0.2, 0.2)]
+    lines[3]["eval/greedy"] = 0.4
+    best = summarize(make_cfg("eval.metric=reward"), *lines)["eval"]["best"]
+    assert (best["reward"], best["greedy"]) == (0.8, 0.5)
+    assert summarize(make_cfg("eval.metric=greedy"), *lines)["eval"]["best"]["pass@1"] == 0.3
+
+
+def test_a_figure_that_is_unknown_is_never_the_best(make_cfg):
+    lines = [evaluation(0.3), evaluation(0.8) | {"eval/reward": math.nan}, evaluation(0.7)]
+    del lines[2]["eval/reward"]  # as read again from JSON, which has no word for NaN
+    assert summarize(make_cfg("eval.metric=reward"), *lines)["eval"]["best"]["pass@1"] == 0.3
+
+
+def test_it_is_written_with_nulls_for_what_is_not_finite(tmp_path):
+    write_summary(tmp_path, {"eval": {"before": {"pass@1_stderr": math.nan}}})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"eval": {"before": {"pass@1_stderr": None}}}
 
 
 def test_the_largest_probe_difference_of_the_run_is_kept(make_cfg):

@@ -19,9 +19,33 @@ from expert_iteration.sweep import COLUMNS, EVALUATIONS, FIGURES, group_of
 
 SWEEP = ["--config-name", "ei_tiny", "hydra.sweep.dir=sweep", "--multirun"]
 EVAL = {
-    "before": {"pass@1": 0.25, "greedy": 0.5, "reward": 0.125, "pass@k": 0.75, "k": 4, "num_prompts": 20},
-    "after": {"pass@1": 0.5, "greedy": 0.75, "reward": 0.25, "pass@k": 0.75, "k": 4, "num_prompts": 20},
-    "best": {"pass@1": 0.625, "greedy": 0.875, "reward": 0.375, "pass@k": 0.75, "k": 4, "num_prompts": 20},
+    "before": {
+        "pass@1": 0.25,
+        "pass@1_stderr": 0.0625,
+        "greedy": 0.5,
+        "reward": 0.125,
+        "pass@k": 0.75,
+        "k": 4,
+        "num_prompts": 20,
+    },
+    "after": {
+        "pass@1": 0.5,
+        "pass@1_stderr": 0.0625,
+        "greedy": 0.75,
+        "reward": 0.25,
+        "pass@k": 0.75,
+        "k": 4,
+        "num_prompts": 20,
+    },
+    "best": {
+        "pass@1": 0.625,
+        "pass@1_stderr": 0.0625,
+        "greedy": 0.875,
+        "reward": 0.375,
+        "pass@k": 0.75,
+        "k": 4,
+        "num_prompts": 20,
+    },
 }
 
 

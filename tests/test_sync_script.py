@@ -263,6 +263,25 @@ def test_the_buffer_is_emptied_after_its_batch_was_trained_on(run):
     assert done.replay_buffer.write_count == 5  # all rows ever written
 
 
+def test_an_expert_set_that_accumulates_is_trained_on_again_and_never_emptied(run):
+    done = run("train.accumulate_expert_set=true", kept=[2, 0, 3])
+    assert only(done.events, "empty", "plan", "restart") == ["plan 2 until 0.333333", "plan 5 until 1"]
+
+
+def test_from_the_base_every_batch_that_kept_something_begins_anew_on_all_that_was_kept(run):
+    done = run("train.restart_from=base", "train.epochs=2", kept=[2, 0, 3])
+    assert only(done.events, "collect", "restart", "plan", "empty", "push") == [
+        *("collect", "restart 4 until 0.333333", "push"),
+        "collect",
+        *("collect", "restart 10 until 1", "push"),
+    ]
+    newest_only = run("train.restart_from=base", "train.accumulate_expert_set=false", kept=[2, 3])
+    assert only(newest_only.events, "restart", "plan", "empty") == [
+        *("restart 2 until 0.5", "empty"),
+        *("restart 3 until 1", "empty"),
+    ]
+
+
 def test_a_buffer_that_is_not_emptied_is_trained_on_again(run):
     done = run("train.empty_replay_buffer=false", "train.buffer_size=100", kept=[2, 0, 3])
     assert only(done.events, "empty", "plan") == ["plan 2 until 0.333333", "plan 5 until 1"]

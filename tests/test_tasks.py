@@ -321,7 +321,7 @@ def test_prompts_without_room_for_a_response_are_left_out():
     def length(problem):
         return len(problem.question)
 
-    task = tasks.Task("t", None, train=problems(3, 9, 4), heldout=problems(5, 8), reward=None, correct=None)
+    task = tasks.Task("t", None, problems(3, 9, 4), problems(5, 8), reward=None, correct=None, has_format=None)
     shorter, dropped = tasks.without_long_prompts(task, length, limit=5)
     assert [length(problem) for problem in shorter.train] == [3, 4]
     assert [length(problem) for problem in shorter.heldout] == [5]

@@ -220,6 +220,27 @@ def test_without_a_collection_there_is_no_timeline():
     assert build(collector=[("collecting", 3, 4)]) is None
 
 
+def test_of_a_run_that_went_on_only_the_time_since_then_counts():
+    day = 86_400
+    found = build(
+        engine=[("generating", 0, 6), ("generating", day + 5, day + 11)],
+        collector=[("collecting", 0, 6), ("collecting", day + 5, day + 11)],
+        trainer=[
+            ("session", -1, -1),
+            ("waiting for data", 0, 6),
+            ("training", 6, 9),
+            ("session", day, day),
+            ("waiting for data", day + 5, day + 11),
+            ("training", day + 11, day + 15),
+        ],
+    )
+    assert found.seconds == 10
+    assert found.shares(TRAINER)["training"] == pytest.approx(0.4)
+    assert found.shares(ENGINE) == pytest.approx({"generating": 0.6, "loading weights": 0, "idle": 0.4})
+    marked = [{"activity": "session", "start": START - 1, "end": START - 1}]
+    assert build_timeline({TRAINER: marked}) is None
+
+
 def test_an_activity_that_nothing_knows_is_an_error():
     with pytest.raises(KeyError, match="dreaming"):
         build(collector=[("collecting", 0, 1)], trainer=[("dreaming", 0, 1)])

@@ -31,12 +31,13 @@ import ray
 from expert_iteration import cluster, places
 from expert_iteration.cli import compose_config
 from expert_iteration.errors import UserError
+from expert_iteration.interruption import StopSignals
 from expert_iteration.resolve import resolve_config
 
 places.RESERVE_SECONDS = 5
 cfg = resolve_config(compose_config("ei_tiny", "sync", sys.argv[1:]), "sync")
 try:
-    with cluster.ray_running(cfg) as found:
+    with cluster.ray_running(cfg, StopSignals()) as found:
         bundles = ray.util.placement_group_table(found.group)["bundles_to_node_id"]
         hosts = [bundles[index] for index in range(len(bundles))]
         print(json.dumps([hosts.index(host) for host in hosts]))

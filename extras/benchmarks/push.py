@@ -25,6 +25,7 @@ from expert_iteration.cli import compose_config
 from expert_iteration.cluster import ray_running, start_actor
 from expert_iteration.config import Config
 from expert_iteration.engine_client import CONCURRENCY_GROUPS, EngineActor, EngineClient, EnginePool
+from expert_iteration.interruption import StopSignals
 from expert_iteration.lora import add_adapters
 from expert_iteration.models import load_tokenizer
 from expert_iteration.policy_reader import PolicyReader
@@ -47,7 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cfg = resolve_config(compose_config("ei_tiny", overrides=["train_model.lora.enabled=true"]), "sync")
     print(f"{'way':>12} {'MB sent':>9} {'push s (sd)':>18} {'load s (sd)':>18} {'GB/s':>6}")
-    with ray_running(cfg), tempfile.TemporaryDirectory() as folder:
+    with ray_running(cfg, StopSignals()), tempfile.TemporaryDirectory() as folder:
         for megabytes in arguments.megabytes:
             path = Path(folder, str(megabytes))
             save_random_model(path, megabytes * 10**6)

@@ -1,0 +1,109 @@
+"""The numbers of metrics.jsonl as the report needs them: by name, in order, some of them derived, and smoothed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# Derived, a number for each batch: the growth of one counter over that of another, both since the start of the run.
+ACCEPTED, GROUPS_KEPT, GROUPS_EQUAL = "accepted", "groups_kept", "groups_all_equal"
+GROWTHS = {
+    ACCEPTED: ("selection/responses_kept", "selection/responses_seen"),
+    GROUPS_KEPT: ("selection/groups_kept", "selection/groups_seen"),
+    GROUPS_EQUAL: ("selection/groups_all_equal", "selection/groups_seen"),
+}
+# Derived, likewise: the quotient of two numbers of the same batch.
+COLLECT_SPEED = "collect_tokens_per_second"
+QUOTIENTS = {COLLECT_SPEED: ("collector/response_tokens", "collector/time/collect")}
+DERIVED = GROWTHS | QUOTIENTS
+
+SMOOTHING = 20  # a curve is smoothed over a twentieth of it to either side
+WINDOW = 3  # numbers judged together where there are few
+NUM_WINDOWS = 20  # where there are many
+
+
+class Point(NamedTuple):
+    """A number of metrics.jsonl and the gradient step of its line."""
+
+    step: int
+    value: float
+
+
+Series = Mapping[str, Sequence[Point]]
+
+
+def collect_series(lines: Iterable[Mapping[str, Any]], names: Collection[str]) -> dict[str, list[Point]]:
+    """The numbers of these names, in the order of the lines of metrics.jsonl; nulls are left out.
+
+    Args:
+        lines: of metrics.jsonl.
+        names: of metrics, and of `DERIVED`.
+
+    Returns:
+        The points by name, without names that have none.
+    """
+    sources = {source for name in names for source in DERIVED.get(name, (name,))}
+    found: dict[str, list[Point]] = {}
+    for line in lines:
+        for name in sources & line.keys():
+            if line[name] is not None:
+                found.setdefault(name, []).append(Point(line["step"], line[name]))
+    for name in set(names) & DERIVED.keys():
+        above, below = (found.get(source, []) for source in DERIVED[name])
+        found[name] = _growth(above, below) if name in GROWTHS else _quotient(above, below)
+    return {name: points for name, points in found.items() if name in names and points}
+
+
+def running_mean(values: Sequence[float]) -> tuple[list[float], int]:
+    """Each number's mean with its neighbours, a `SMOOTHING`-th of all to either side.
+
+    Near the start fewer, but as many on both sides, so that a curve begins where the run did; near the end those there
+    are, so that its end does not hang on the last number.
+
+    Returns:
+        As many means, and the width of the window: 1 where there are too few numbers to smooth.
+    """
+    reach = len(values) // SMOOTHING
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    places = np.arange(len(values))
+    starts, ends = np.maximum(places - reach, 0), np.minimum(places + np.minimum(places, reach) + 1, len(values))
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist(), 2 * reach + 1
+
+
+def in_windows(points: Sequence[Point]) -> list[Point]:
+    """Medians of neighbouring numbers, each at the step of its first: one odd number among them does not count.
+
+    The windows do not overlap; a rest too small for a window of its own joins the last.
+    """
+    size = max(WINDOW, len(points) // NUM_WINDOWS)
+    starts = list(range(0, max(1, len(points) - size + 1), size)) if points else []
+    return [
+        Point(points[start].step, statistics.median(point.value for point in points[start:end]))
+        for start, end in pairwise([*starts, len(points)])
+    ]
+
+
+def thin(values: Sequence[float], size: int) -> list[float]:
+    """The means of each `size` neighbours; the last may have fewer."""
+    return [statistics.fmean(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+def _growth(above: Sequence[Point], below: Sequence[Point]) -> list[Point]:
+    before = Point(0, 0.0)
+    points = []
+    for (last_above, one), (last_below, other) in zip(
+        pairwise([before, *above]), pairwise([before, *below]), strict=False
+    ):
+        if other.value > last_below.value:
+            points.append(Point(one.step, (one.value - last_above.value) / (other.value - last_below.value)))
+    return points
+
+
+def _quotient(above: Sequence[Point], below: Sequence[Point]) -> list[Point]:
+    return [
+        Point(one.step, one.value / other.value) for one, other in zip(above, below, strict=False) if other.value > 0
+    ]
