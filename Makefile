@@ -13,7 +13,8 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 MISMATCHED := torchvision torchaudio torchcodec
 
 # One thread: the tests' models are tiny, and threads that wait for each other only slow them. Runs set their own number.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Two workers, each with whole files, whose tests share what they have started.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 .DEFAULT_GOAL := help
 

@@ -1,7 +1,7 @@
 """Between the process with the terminal and the training process: what is to be shown, and whether to stop.
 
-Ray's own way to stop a task, cancelling it, also fails every call that the task makes afterwards, such as those that save
-its checkpoint. Importing this module loads nothing.
+Ray's own way to stop a task, cancelling it, also fails every call that the task makes afterwards, such as those that
+save its checkpoint. Importing this module loads nothing.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_the_counts_of_the_summary_are_those_of_the_run(done):
         "policy_version": 3,
     }
     assert {name: done.summary[name] for name in expected} == expected
-    assert done.checkpoints == ["checkpoint_10.pt", "checkpoint_5.pt"]
+    assert done.checkpoints == ["checkpoint_10.pt", "checkpoint_12.pt", "checkpoint_5.pt"]
 
 
 def test_what_is_trained_on_was_made_by_the_weights_last_pushed(done):
