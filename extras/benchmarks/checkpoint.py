@@ -2,9 +2,9 @@
 
     python extras/benchmarks/checkpoint.py
 
-A model of some 40 million float32 parameters with AdamW's state, and a buffer of 256 responses of 512 tokens. Compared
-are `Checkpointer.save` (written, flushed to disk, checksums computed, renamed), and `torch.save` of the same weights and
-optimizer state, flushed to disk.
+A model of some 50 million float32 parameters with AdamW's state, and a buffer of 256 responses of 512 tokens. Compared
+are `Checkpointer.save` (written, flushed to disk, checksums computed, renamed), and `torch.save` of the same weights
+and optimizer state, flushed to disk.
 """
 
 from __future__ import annotations
