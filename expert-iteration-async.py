@@ -68,13 +68,14 @@ def train(
 
     if evaluator.is_pending:  # before training, or where a run was interrupted in the middle of an evaluation
         evaluator.evaluate(learner.gradient_steps, weight_updater.pushes)
-    collector.start()  # Data collection goes on in the background
-    for batch in paced_batches(cfg, position, collector, replay_buffer, learner, metrics):  # Optimization loop
-        result = learner.step(batch)
-        log_training_metrics(metrics, result, batch, learner, replay_buffer, weight_updater.policy_version)
-        after(result)
-        if evaluator.has_stalled:
-            break
+    if not evaluator.has_stalled:
+        collector.start()  # Data collection goes on in the background
+        for batch in paced_batches(cfg, position, collector, replay_buffer, learner, metrics):  # Optimization loop
+            result = learner.step(batch)
+            log_training_metrics(metrics, result, batch, learner, replay_buffer, weight_updater.policy_version)
+            after(result)
+            if evaluator.has_stalled:
+                break
     if (last := learner.flush()).stepped:
         metrics.training(last, optim_step=learner.optimizer_steps)
         after(last)

@@ -73,15 +73,20 @@ class RunParts:
             "reference_version": self.reference_updater.version,
         }
 
-    def load(self, checkpoint: SavedCheckpoint, state: Mapping[str, Any], policy: nn.Module) -> None:
+    def load(self, checkpoint: SavedCheckpoint, state: Mapping[str, Any], policy: nn.Module, total_turns: int) -> None:
         """Have all of them go on from a checkpoint.
 
         Args:
             checkpoint: that is whole.
             state: `load_state` of its folder.
             policy: that is trained.
+            total_turns: responses that the run is to collect, which may be other than they were.
         """
         self.learner.load_checkpoint(torch.load(checkpoint.weights, weights_only=True))
+        if (before := checkpoint.manifest["total_turns"]) != total_turns:
+            self.learner.rescale(before / total_turns)
+            for batch in _batches_in(state):
+                batch["total_dialog_turns"] = total_turns
         pushed = load_packed(checkpoint.folder / ENGINE_FILE)
         self.weight_updater.load_state_dict(state["weight_updater"], policy, pushed)
         if (reference := load_packed(checkpoint.folder / REFERENCE_FILE)) is not None:
@@ -94,6 +99,13 @@ class RunParts:
         self.metrics.load_state_dict(state["metrics"], num_batches(state))
         # Last, for what comes before may draw.
         self.learner.load_process_state(state["learner"])
+
+
+def _batches_in(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every `CollectedBatch` of a state, as a dictionary."""
+    writer_state = state["buffer"]["_writer_state"] or {"last_written": []}
+    own = [state["collector"].get(name) for name in ("current", "latest")]
+    return [batch for batch in (*own, *writer_state["last_written"]) if batch is not None]
 
 
 def num_batches(state: Mapping[str, Any]) -> int:
@@ -132,7 +144,7 @@ class Checkpointer:
         self._stop = stop
         self._last_step = -1
 
-    def save(self) -> Path:
+    def save(self, *, again: bool = False) -> Path:
         """Write a checkpoint of this gradient step, and remove those that are too many; at one step it writes once.
 
         `checkpoint_<gradient step>.pt` loads on any machine, whatever was trained on, with
@@ -140,6 +152,9 @@ class Checkpointer:
         scheduler_state_dict, scaler_state_dict, config, and the learner's further counters. With LoRA model_state_dict
         holds the adapters alone, and base_model says of which model. What else the next step depends on lies in the
         folder of the same stem.
+
+        Args:
+            again: write it also where one of this step is there already, from before the last evaluation.
 
         Returns:
             The path of the `.pt`.
@@ -149,7 +164,7 @@ class Checkpointer:
         """
         step = self._parts.learner.gradient_steps
         path = self._directory / f"checkpoint_{step}.pt"
-        if step == self._last_step:
+        if step == self._last_step and not again:
             return path
         with timeline.span(timeline.SAVING):
             try:
@@ -209,7 +224,7 @@ class Checkpointer:
     def _describe(self, state: Mapping[str, Any]) -> dict[str, Any]:
         from expert_iteration.metrics import plain
 
-        latest = self._parts.evaluator.latest
+        latest = self._parts.evaluator.latest if self._is_measured() else {}
         return {
             **self._about,
             "step": self._parts.learner.gradient_steps,
@@ -222,12 +237,17 @@ class Checkpointer:
             "config": to_plain_dict(self._cfg),
         }
 
+    def _is_measured(self) -> bool:
+        """Whether the last evaluation was of the policy as it is now."""
+        is_pushed = self._parts.position.pushed_at == self._parts.learner.optimizer_steps
+        return is_pushed and self._parts.evaluator.measured_pushes == self._parts.weight_updater.pushes
+
     def _explain(self, path: Path, error: OSError) -> str:
         whole, _ = newest_whole(self._directory)
         last = "There is none before it." if whole is None else f"The last whole one is {whole.folder}."
         return (
-            f"The checkpoint {path} could not be written ({error.strerror or error}). {last} Make room, or give "
-            "another logging.checkpoint_dir, and go on with resume_from."
+            f"The checkpoint {path} could not be written ({error.strerror or error}). {last} Make room, and go "
+            "on with resume_from."
         )
 
 

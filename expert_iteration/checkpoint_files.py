@@ -14,11 +14,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expert_iteration.errors import UserError
 from expert_iteration.run_directory import write_whole
 
 MANIFEST = "manifest.json"
@@ -79,14 +80,15 @@ def open_checkpoint(folder: Path) -> SavedCheckpoint:
     """The checkpoint in a folder; its files are not looked at yet.
 
     Raises:
-        DamagedCheckpointError: there is no manifest, or one of another version of this suite.
+        DamagedCheckpointError: there is no manifest.
+        UserError: it is of another version of this suite.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise DamagedCheckpointError(f"it has no readable {MANIFEST} ({error})") from error
-    if manifest.get("format") != FORMAT:
-        raise DamagedCheckpointError(f"its format is {manifest.get('format')}, this version reads {FORMAT}")
+    if (found := manifest.get("format")) != FORMAT:
+        raise UserError(f"The checkpoint {folder} is of another version (format {found}, this one has {FORMAT}).")
     return SavedCheckpoint(folder, manifest)
 
 
@@ -175,7 +177,11 @@ def prune(directory: Path, keep: int) -> None:
 
     What a crash left behind, such as a file without a folder, goes too.
     """
-    checkpoints = [open_checkpoint(folder) for folder in list_folders(directory) if (folder / MANIFEST).is_file()]
+    checkpoints = []
+    for folder in list_folders(directory):
+        # One that cannot be read is nobody's to go on from, and not ours to judge.
+        with suppress(DamagedCheckpointError):
+            checkpoints.append(open_checkpoint(folder))
     for checkpoint in choose_superfluous(checkpoints, keep):
         checkpoint.remove()
     for path in directory.glob("checkpoint_*.pt"):

@@ -106,6 +106,8 @@ class ExpertCollector:
         # skipped, and with env.num_envs below env.repeats every batch would begin in the middle of a group.
         env.reset_dataloader()
         self._batches: Iterator[TensorDictBase] = iter(self._collector)
+        if state is not None:
+            set_random_state(state["random"])  # after what draws while it is built
 
     def collect(self) -> None:
         """Gather the next batch and hold what is kept of it; nothing is written yet."""
@@ -181,7 +183,6 @@ class ExpertCollector:
         self._policy.calls = state["engine_calls"]
         self._postproc.load_state_dict(state["records"])
         self._selector.set_extra_state(state["selector"])
-        set_random_state(state["random"])
 
     def _describe(self, batch: TensorDictBase, selected: TensorDictBase | None) -> list[Record]:
         """What the expert set says of the kept rows; nothing where there is no set."""

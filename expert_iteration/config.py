@@ -538,6 +538,11 @@ def num_engines(cfg: Config) -> int:
     return 0 if cfg.train.from_expert_set is not None else cfg.inference_model.num_replicas
 
 
+def collects(cfg: Config) -> bool:
+    """Whether responses are sampled to be trained on, in groups and batches."""
+    return not cfg.eval.only and cfg.train.from_expert_set is None
+
+
 def accumulates_expert_set(cfg: Config) -> bool:
     """Whether every response that was ever kept is trained on again after each batch."""
     if cfg.train.accumulate_expert_set is not None:

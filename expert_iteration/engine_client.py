@@ -156,8 +156,12 @@ class EnginePool:
         loads = self._loads()
         return self.replicas[loads.index(min(loads))].actor.generate
 
-    def wait_until_ready(self, say: Callable[[str], None]) -> None:
+    def wait_until_ready(self, say: Callable[[str], None], check: Callable[[], None] | None = None) -> None:
         """Wait for the engines to load their model, and say so every minute.
+
+        Args:
+            say: shows a line to the user.
+            check: called every second meanwhile; it may raise to end the wait.
 
         Raises:
             ProcessDiedError: one failed to.
@@ -171,7 +175,7 @@ class EnginePool:
                 return f"still waiting for {name} after {waited:.0f} s (logs/{name}.log)"
 
             reference = replica.call("version", group=HEALTH_GROUP)
-            wait_aloud(reference, say, describe, since)
+            wait_aloud(reference, say, describe, since, check=check)
             replica.get(reference)
 
     def sample(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:

@@ -77,6 +77,7 @@ class Evaluator:
         self._metrics = metrics
         self._num_report = num_report
         self._say = say
+        self._has_said_stall = False
         self.is_pending = True
         self.measured_pushes = 0
         self.latest: dict[str, float] = {}
@@ -105,11 +106,11 @@ class Evaluator:
         self._metrics.rewards([response.reward for group in judged for response in group], step)
         self.latest = figures
         # The start model needs no copy: where nothing beats it, there is no best/.
-        if self._best.compare(figures, step) and pushes:
-            self._on_best()
-        if self._best.evaluations_since == self._best.patience:
-            self._say(self._best.describe_stall())
+        is_best = self._best.compare(figures, step) and pushes > 0
+        self._say_if_stalled()
         self.is_pending = False
+        if is_best:
+            self._on_best()
         return figures
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,6 +127,12 @@ class Evaluator:
         self.is_pending, self.measured_pushes = state["is_pending"], state["measured_pushes"]
         self.latest = dict(state["latest"])
         self._best.load_state_dict(state["best"])
+        self._say_if_stalled()  # with less patience than before it may have, and then no evaluation need follow
+
+    def _say_if_stalled(self) -> None:
+        if self.has_stalled and not self._has_said_stall:
+            self._say(self._best.describe_stall())
+        self._has_said_stall = self.has_stalled
 
     def _measure(self) -> tuple[dict[str, float], list[list[Judged]]]:
         groups = self._engine.sample(self._prompts, self._sampled, derive_seed(self._seed, "eval"))

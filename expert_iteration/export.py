@@ -26,7 +26,6 @@ from expert_iteration.policy_reader import PolicyReader
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-LAST, BEST = "last", "best"  # the folders of a run
 ADAPTERS = "adapters"
 
 
@@ -110,6 +109,9 @@ def save_pretrained(
         dtype: of the floating-point weights in the folder (the engine's).
         reader: reads the policy; by default one for a policy that lies in this process alone.
         generation_config: how to generate; by default as the start model's publisher said.
+
+    Raises:
+        OSError, SafetensorError: a file cannot be written, for instance on a full disk.
     """
     # transformers writes down the dtype of the model that saves, in which whoever loads the folder gets it.
     model = without_weights(policy).to(dtype)
@@ -126,7 +128,18 @@ def save_pretrained(
         first = tied_to[name]
         weights[name] = weights[first] if first in weights else tensor.to("cpu", target)
     model.save_pretrained(directory, state_dict=weights)
-    tokenizer.save_pretrained(directory)
+    _save_tokenizer(tokenizer, directory)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        # The tokenizers library, which is Rust, has no class of its own for what the system answers: it raises
+        # Exception("No space left on device (os error 28)").
+        if type(error) is Exception:
+            raise OSError(str(error)) from error
+        raise
 
 
 def make_generation_config(

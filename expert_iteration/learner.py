@@ -213,6 +213,10 @@ class Learner:
         self.optimizer.state.clear()
         schedule.plan(self.scheduler, num_optimizer_steps, until, anew=True)
 
+    def rescale(self, ratio: float) -> None:
+        """Tell the schedule that what was the whole run is `ratio` of it."""
+        schedule.rescale(self.scheduler, ratio)
+
     def state_dict(self) -> dict[str, Any]:
         """Counters and the states of optimizer, scheduler and scaler, named as in a checkpoint; no weights.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -131,6 +132,8 @@ class Metrics:
     def state_dict(self) -> dict[str, Any]:
         """Where the files end now, in bytes, and what is not in them yet."""
         self._receive()
+        for file in (self._metrics_file, self._samples_file):
+            os.fsync(file.fileno())  # as what a checkpoint says of them is
         return {
             "file_bytes": {path.name: path.stat().st_size for path in self._paths if path.exists()},
             "window": list(self._window),

@@ -87,10 +87,10 @@ def model_card(cfg: Config, task: Task, summary: Mapping[str, Any], run_dir: Pat
 def evaluation_command(cfg: Config, run_dir: Path) -> str:
     """The command that evaluates a model as the run in `run_dir` did."""
     mode = "sync" if cfg.train.sync else "async"
-    config_name, overrides = earlier_command(run_dir)
+    flags, overrides = earlier_command(run_dir)
     words = [
         *("python", f"expert-iteration-{mode}.py", f"mode={mode}"),
-        *(() if config_name is None else ("--config-name", config_name)),
+        *flags,
         *("eval.only=true", f"model.name={MODEL}"),
         *(override for override in overrides if _concerns_evaluation(override)),
     ]

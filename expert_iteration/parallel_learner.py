@@ -65,6 +65,11 @@ class ParallelLearner(Learner):
         with self._ranks.together(methodcaller("restart", num_optimizer_steps, until)):
             super().restart(num_optimizer_steps, until)
 
+    def rescale(self, ratio: float) -> None:
+        """See `Learner.rescale`."""
+        with self._ranks.together(methodcaller("rescale", ratio)):
+            super().rescale(ratio)
+
     def checkpoint(self, *, keep: bool = True) -> dict[str, Any]:
         """See `Learner.checkpoint`."""
         with self._ranks.together(methodcaller("checkpoint", keep=False)):

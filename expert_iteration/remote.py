@@ -47,13 +47,15 @@ def wait_aloud(
         describe: the line, given the seconds waited so far.
         since: `time.monotonic()` from which on they count.
         timeout: after so many of them it is not waited for any longer.
-        check: called every second meanwhile; it may raise to end the wait.
+        check: called at once and every second meanwhile; it may raise to end the wait.
 
     Returns:
         Whether the call has ended.
     """
     import ray
 
+    if check is not None:
+        check()
     step = SAY_EVERY if check is None else min(SAY_EVERY, CHECK_EVERY)
     said = time.monotonic()
     while not ray.wait([reference], timeout=max(0.0, min(step, since + timeout - time.monotonic())))[0]:

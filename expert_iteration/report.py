@@ -38,6 +38,7 @@ from expert_iteration.run_directory import (
     SAMPLES_FILE,
     SUMMARY_FILE,
     read_jsonl,
+    settings_folder,
     timeline_file,
     write_whole,
 )
@@ -62,7 +63,7 @@ def write_report(run_dir: Path) -> Path:
     import jinja2
     from markupsafe import Markup
 
-    summary, config_text = read_summary(run_dir), _read_text(run_dir / CONFIG_FILE)
+    summary, config_text = read_summary(run_dir), _read_text(settings_folder(run_dir) / Path(CONFIG_FILE).name)
     config, metrics = read_config(config_text or "{}"), run_dir / METRICS_FILE
     evaluations = read_evaluations(summary) or evaluations_so_far(read_jsonl(metrics))
     series = collect_series(read_jsonl(metrics), CHART_METRICS | WARNING_METRICS)

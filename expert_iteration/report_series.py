@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from expert_iteration.run_directory import BATCH_METRIC
+
 # Derived, a number for each batch: the growth of one counter over that of another, both since the start of the run.
 ACCEPTED, GROUPS_KEPT, GROUPS_EQUAL = "accepted", "groups_kept", "groups_all_equal"
 GROWTHS = {
@@ -48,13 +50,21 @@ def collect_series(lines: Iterable[Mapping[str, Any]], names: Collection[str]) -
     """
     sources = {source for name in names for source in DERIVED.get(name, (name,))}
     found: dict[str, list[Point]] = {}
+    by_batch: dict[str, dict[float, Point]] = {}  # of lines that belong to a batch
     for line in lines:
+        batch = line.get(BATCH_METRIC)
         for name in sources & line.keys():
             if line[name] is not None:
-                found.setdefault(name, []).append(Point(line["step"], line[name]))
-    for name in set(names) & DERIVED.keys():
-        above, below = (found.get(source, []) for source in DERIVED[name])
-        found[name] = _growth(above, below) if name in GROWTHS else _quotient(above, below)
+                point = Point(line["step"], line[name])
+                found.setdefault(name, []).append(point)
+                if batch is not None:
+                    by_batch.setdefault(name, {})[batch] = point
+    for name in set(names) & GROWTHS.keys():
+        above, below = GROWTHS[name]
+        found[name] = _growth(found.get(above, []), found.get(below, []))
+    for name in set(names) & QUOTIENTS.keys():
+        above, below = QUOTIENTS[name]
+        found[name] = _quotient(by_batch.get(above, {}), by_batch.get(below, {}))
     return {name: points for name, points in found.items() if name in names and points}
 
 
@@ -103,7 +113,7 @@ def _growth(above: Sequence[Point], below: Sequence[Point]) -> list[Point]:
     return points
 
 
-def _quotient(above: Sequence[Point], below: Sequence[Point]) -> list[Point]:
-    return [
-        Point(one.step, one.value / other.value) for one, other in zip(above, below, strict=False) if other.value > 0
-    ]
+def _quotient(above: Mapping[float, Point], below: Mapping[float, Point]) -> list[Point]:
+    """Of the batches that have both: either record may have been lost on its way."""
+    both = [(one, below[batch]) for batch, one in above.items() if batch in below]
+    return [Point(one.step, one.value / other.value) for one, other in both if other.value > 0]

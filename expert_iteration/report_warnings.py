@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from expert_iteration.report_series import GROUPS_EQUAL, GROUPS_KEPT, Point, Series, in_windows
 
-# Numbers are judged in windows (`in_windows`), so that one odd micro-batch or batch is no alarm.
+# Numbers are judged in windows (`in_windows`), so that one odd micro-batch or batch is no alarm. Those of evaluations
+# are not: each is a mean over all held-out responses, and a run may have two.
 
 # Of the entropy at the start. Training sharpens the policy: runs of the tiny task that learn go down to about a half.
 COLLAPSED_ENTROPY = 0.2
@@ -55,7 +56,7 @@ class RunWarning(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """The last stretch of windows in which something was wrong."""
+    """The last stretch of numbers in which something was wrong."""
 
     lowest: float
     highest: float
@@ -126,9 +127,12 @@ def _kl_above_budget(series: Series, budget: float | None) -> Iterator[RunWarnin
 
 
 def _truncation(series: Series) -> Iterator[RunWarning]:
-    for name, whose in (("collector/truncation_rate", "collected"), ("eval/truncation_rate", "held-out")):
-        windows = in_windows(series.get(name, ()))
-        if found := _last_stretch(windows, lambda value: value > MOST_TRUNCATED):
+    collected = in_windows(series.get("collector/truncation_rate", ()))
+    evaluated = series.get("eval/truncation_rate", ())
+    if evaluated and evaluated[-1].value <= MOST_TRUNCATED:
+        evaluated = ()  # whatever was before, the policy as it is now ends its responses
+    for points, whose in ((collected, "collected"), (evaluated, "held-out")):
+        if found := _last_stretch(points, lambda value: value > MOST_TRUNCATED):
             yield RunWarning(
                 f"Up to {found.highest:.0%} of {whose} responses were truncated",
                 found.when,
@@ -181,14 +185,14 @@ def _lost_records(series: Series) -> Iterator[RunWarning]:
         )
 
 
-def _last_stretch(windows: Sequence[Point], is_bad: Callable[[float], bool]) -> Stretch | None:
+def _last_stretch(points: Sequence[Point], is_bad: Callable[[float], bool]) -> Stretch | None:
     """When something was last bad; None if it never was."""
-    flags = [is_bad(point.value) for point in windows]
+    flags = [is_bad(point.value) for point in points]
     if True not in flags:
         return None
     end = len(flags) - flags[::-1].index(True)
     start = next((index + 1 for index in reversed(range(end)) if not flags[index]), 0)
-    values = [point.value for point in windows[start:end]]
-    since = windows[start].step
-    when = f"since gradient step {since}" if end == len(flags) else f"gradient steps {since} to {windows[end].step}"
+    values = [point.value for point in points[start:end]]
+    since = points[start].step
+    when = f"since gradient step {since}" if end == len(flags) else f"gradient steps {since} to {points[end].step}"
     return Stretch(min(values), max(values), when)

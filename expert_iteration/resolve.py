@@ -70,7 +70,8 @@ def _make_paths_absolute(cfg: Config) -> None:
     if cfg.train.from_expert_set is not None:
         cfg.train.from_expert_set = _absolute(cfg.train.from_expert_set)
     if cfg.resume_from is not None:
-        cfg.resume_from = _absolute(cfg.resume_from)
+        # Without .., as Hydra has run directories.
+        cfg.resume_from = os.path.abspath(os.path.expanduser(cfg.resume_from))
     if cfg.tiny.cache_dir is not None:
         cfg.tiny.cache_dir = _absolute(cfg.tiny.cache_dir)
     if cfg.reward.fn is not None and ".py:" in cfg.reward.fn:

@@ -28,15 +28,18 @@ from expert_iteration.errors import UserError
 from expert_iteration.expert_set_reader import digest_of_examples
 from expert_iteration.keys import leaf_keys
 from expert_iteration.run_directory import (
+    BEST_FOLDER,
     CONFIG_FILE,
     EVAL_REWARDS_FILE,
     EXPERT_SET_FOLDER,
+    LAST_FOLDER,
     METRICS_FILE,
     REPORT_FILE,
     SAMPLES_FILE,
     SUMMARY_FILE,
     TIMELINE_FOLDER,
     is_of_batches,
+    settings_folder,
     write_whole,
 )
 from expert_iteration.sizes import Sizes
@@ -58,12 +61,15 @@ MAY_CHANGE = (
     *("ref_model.num_threads", "ref_model.attn_implementation", "model.compile", "model.trust_remote_code"),
     *("weight_update", "expert_set", "tiny.cache_dir"),
 )
+# Of these the exceptions: later checkpoints would lie elsewhere, and the best so far was the best by another figure.
+MAY_NOT = ("logging.checkpoint_dir", "eval.metric")
 # What belongs to a run in its directory, beside checkpoints and logs.
 RUN_FILES = (
     *(METRICS_FILE, SAMPLES_FILE, EVAL_REWARDS_FILE, SUMMARY_FILE, REPORT_FILE, TIMELINE_FOLDER),
-    EXPERT_SET_FOLDER,
+    *(EXPERT_SET_FOLDER, LAST_FOLDER, BEST_FOLDER),
 )
 SHOWN_CHANGES = 20
+PATH_KEYS = ("env.dataset_path", "train.from_expert_set", "tiny.cache_dir")  # whose values are always paths
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,19 @@ def find_checkpoint(cfg: Config, run_dir: Path) -> tuple[SavedCheckpoint | None,
     if cfg.resume is Resume.never:
         return None, []
     checkpoint, complaints = newest_whole(run_dir / cfg.logging.checkpoint_dir)
+    if checkpoint is not None and Path(cfg.logging.checkpoint_dir).is_absolute():
+        _refuse_checkpoints_of_another(checkpoint, run_dir)
     if checkpoint is None and (aside := _set_aside(run_dir, run_dir / cfg.logging.checkpoint_dir)):
         complaints.append(f"no whole checkpoint is there: starting afresh; what lay there is now in {aside.name}/")
     return checkpoint, complaints
+
+
+def _refuse_checkpoints_of_another(checkpoint: SavedCheckpoint, run_dir: Path) -> None:
+    if (owner := checkpoint.manifest["run_dir"]) != str(run_dir):
+        raise UserError(
+            f"logging.checkpoint_dir ({checkpoint.folder.parent}) holds the checkpoints of another run ({owner}): give "
+            "each run its own."
+        )
 
 
 def _find_named(path: Path, run_dir: Path, cfg: Config) -> tuple[SavedCheckpoint, list[str]]:
@@ -98,7 +114,7 @@ def _find_named(path: Path, run_dir: Path, cfg: Config) -> tuple[SavedCheckpoint
     if path != run_dir:
         checkpoint = _open_named(path)
         return checkpoint, []
-    directory = run_dir / _checkpoint_dir(run_dir)
+    directory = run_dir / cfg.logging.checkpoint_dir
     found, complaints = newest_whole(directory)
     if found is None:
         reasons = "; ".join(complaints) or f"{directory} holds none"
@@ -138,10 +154,6 @@ def run_directory_of(path: Path) -> Path:
     return Path(manifest["run_dir"])
 
 
-def _checkpoint_dir(run_dir: Path) -> str:
-    return OmegaConf.load(run_dir / CONFIG_FILE).logging.checkpoint_dir
-
-
 def _set_aside(run_dir: Path, checkpoints: Path) -> Path | None:
     """Move what an earlier run left, without a whole checkpoint, out of the way; returns where, None if nothing was."""
     left = [path for name in RUN_FILES if (path := run_dir / name).exists()]
@@ -159,7 +171,8 @@ def _set_aside(run_dir: Path, checkpoints: Path) -> Path | None:
 def fingerprint(task: Task, tokenizer: Any) -> Fingerprint:
     """Of what a run's prompts are and how they are told to the model."""
     about_tokens = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, str(tokenizer.special_tokens_map)]
-    problems = [[problem.question, problem.answer] for problem in (*task.train, *task.heldout)]
+    # Not those that are held out, of which there may be more or fewer; taken out of training, they change that too.
+    problems = [[problem.question, problem.answer, problem.metadata] for problem in task.train]
     data = _digest([*problems, digest_of_examples(task.examples)])
     return Fingerprint(tokenizer=_digest(about_tokens), data=data)
 
@@ -167,7 +180,7 @@ def fingerprint(task: Task, tokenizer: Any) -> Fingerprint:
 def _digest(parts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(json.dumps(part).encode())
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -216,7 +229,7 @@ def _select(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _may_change(key: str) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE) and key != "logging.checkpoint_dir"
+    return key not in MAY_NOT and any(key == name or key.startswith(f"{name}.") for name in MAY_CHANGE)
 
 
 def rewind(run_dir: Path, checkpoint: SavedCheckpoint) -> list[str]:
@@ -225,17 +238,19 @@ def rewind(run_dir: Path, checkpoint: SavedCheckpoint) -> list[str]:
     Done again after a crash in the middle, it has the same end.
     """
     manifest = checkpoint.manifest
-    for name, num_bytes in manifest["file_bytes"].items():
-        _cut(run_dir / name, num_bytes, manifest["num_batches"])
-    for name in (SUMMARY_FILE, REPORT_FILE):
-        (run_dir / name).unlink(missing_ok=True)
-    from expert_iteration.expert_set import drop_shards_after
-
-    drop_shards_after(run_dir / EXPERT_SET_FOLDER, manifest["num_batches"])
+    # First, for what is cut below is what a later checkpoint would go on from.
     later = [folder for folder in list_folders(checkpoint.folder.parent) if step_of(folder) > checkpoint.step]
     for folder in later:
         shutil.rmtree(folder)
         folder.with_name(f"{folder.name}.pt").unlink(missing_ok=True)
+    for name, num_bytes in manifest["file_bytes"].items():
+        _cut(run_dir / name, num_bytes, manifest["num_batches"])
+    for name in (SUMMARY_FILE, REPORT_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / LAST_FOLDER, ignore_errors=True)  # of an end that is none any more
+    from expert_iteration.expert_set import drop_shards_after
+
+    drop_shards_after(run_dir / EXPERT_SET_FOLDER, manifest["num_batches"])
     return [f"removed {folder.name}, which lies beyond" for folder in later]
 
 
@@ -248,11 +263,27 @@ def _cut(path: Path, num_bytes: int, num_batches: int) -> None:
     write_whole(path, "".join(lines))
 
 
-def earlier_command(run_dir: Path) -> tuple[str | None, list[str]]:
-    """The configuration's name and the overrides with which a run was started last, as Hydra has noted them."""
-    first = (run_dir / CONFIG_FILE).parent
-    folder = max(first.glob("resumed-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=first)
+def earlier_command(run_dir: Path) -> tuple[list[str], list[str]]:
+    """The flags for the configuration, and the overrides, with which a run was started last, as Hydra has noted them.
+
+    Relative paths among the overrides are made absolute, for they are of the directory where the user stood.
+    """
+    folder = settings_folder(run_dir)
     if not all((folder / name).is_file() for name in ("hydra.yaml", "overrides.yaml")):
-        return None, []
-    name = OmegaConf.select(OmegaConf.load(folder / "hydra.yaml"), "hydra.job.config_name")
-    return name, [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
+        return [], []
+    hydra = OmegaConf.load(folder / "hydra.yaml").hydra
+    name, cwd = OmegaConf.select(hydra, "job.config_name"), OmegaConf.select(hydra, "runtime.cwd")
+    sources = OmegaConf.select(hydra, "runtime.config_sources") or []
+    own = [source.path for source in sources if source.provider == "command-line"]
+    flags = ([] if name is None else ["--config-name", name]) + [
+        part for path in own for part in ("--config-dir", path)
+    ]
+    overrides = [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
+    return flags, overrides if cwd is None else [_absolute_path(override, Path(cwd)) for override in overrides]
+
+
+def _absolute_path(override: str, cwd: Path) -> str:
+    key, sign, value = override.partition("=")
+    is_file = (key == "model.name" and value.startswith(".")) or (key == "reward.fn" and ".py:" in value)
+    is_relative = not value.startswith(("/", "~", "'", '"')) and value != "null"
+    return f"{key}{sign}{cwd / value}" if (key in PATH_KEYS or is_file) and is_relative else override

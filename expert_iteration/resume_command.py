@@ -5,6 +5,7 @@ Hydra would make a new run directory before anybody could say that an earlier on
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ def continue_command(
         added.append(f"{RUN_DIR}={_quote(str(run_dir))}")
     if config_name is not None:
         return [], added
-    earlier_name, earlier = earlier_command(run_dir)
+    flags, earlier = earlier_command(run_dir)
     kept = [text for text in earlier if _key(text) not in given and _key(text) not in OF_RESUMING]
-    return ([] if earlier_name is None else ["--config-name", earlier_name]), [*added, *kept]
+    return flags, [*added, *kept]
 
 
 def _named_directory(given: Mapping[str, Any]) -> Path:
@@ -84,7 +85,7 @@ def _text(given: Mapping[str, Any], key: str) -> str | None:
 
 
 def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    return Path(os.path.abspath(Path(path).expanduser()))  # as Hydra does, without ..
 
 
 def _key(override: str) -> str:

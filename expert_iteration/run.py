@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from expert_iteration import timeline
 from expert_iteration.accelerators import memory_sizes
 from expert_iteration.checkpoint_files import SavedCheckpoint, list_folders
@@ -29,8 +31,14 @@ from expert_iteration.memory import check_memory, describe_allocation
 from expert_iteration.model_shape import read_model_shape
 from expert_iteration.models import chat_prompt_ids, context_length, load_tokenizer, model_path
 from expert_iteration.places import Places
-from expert_iteration.resume import check_fits, find_checkpoint, fingerprint, rewind
-from expert_iteration.run_directory import METRICS_FILE, SUMMARY_FILE, log_file, timeline_file
+from expert_iteration.resume import check_fits, find_checkpoint, fingerprint
+from expert_iteration.run_directory import (
+    METRICS_FILE,
+    SUMMARY_FILE,
+    log_file,
+    timeline_file,
+    write_whole,
+)
 from expert_iteration.screen import RemoteScreen, Screen, redirect_output
 from expert_iteration.sizes import Sizes, derive_sizes, describe_sizes
 from expert_iteration.sweep import is_sweep
@@ -73,6 +81,8 @@ class Start:
     """To go on from."""
     about: dict[str, Any]
     """What the manifests of its checkpoints say of it."""
+    settings: Path
+    """Hydra's files of this command line's settings."""
     started: float
     """When the user's process started, in seconds since the epoch; earlier by as much as the run had run before."""
     lines: list[str]
@@ -94,14 +104,16 @@ def _prepare(cfg: Config, run_dir: Path) -> Start:
     sizes, found = derive_sizes(cfg), fingerprint(task, tokenizer)
     lines = [f"run directory: {run_dir}", *passed_over, *describe_sizes(sizes, cfg), *notes, *_describe_optimizer(cfg)]
     if checkpoint is not None:
-        lines += check_fits(checkpoint, cfg, sizes, found) + rewind(run_dir, checkpoint)
+        lines += check_fits(checkpoint, cfg, sizes, found)
         started -= checkpoint.manifest["seconds"]
     about = asdict(found) | {
         "run_dir": str(run_dir),
         "turns_per_batch": sizes.turns_per_batch,
         "buffer_size": sizes.buffer_size,
+        "total_turns": sizes.num_batches * sizes.turns_per_batch,
     }
-    return Start(task, sizes, checkpoint, about, started, lines)
+    settings = run_dir / str(HydraConfig.get().output_subdir)
+    return Start(task, sizes, checkpoint, about, settings, started, lines)
 
 
 def _open_screen(cfg: Config, sizes: Sizes, log_path: Path) -> Screen:
@@ -252,7 +264,7 @@ def _write_summary_of_failure(cfg: Config, run_dir: Path, error: BaseException, 
         return
     from expert_iteration.summary import failure_summary
 
-    path.write_text(json.dumps(failure_summary(cfg, error, started), indent=2))
+    write_whole(path, json.dumps(failure_summary(cfg, error, started), indent=2))
 
 
 def _conclude(cfg: Config, run_dir: Path) -> None:

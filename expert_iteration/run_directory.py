@@ -12,8 +12,10 @@ EVAL_REWARDS_FILE = "eval_rewards.jsonl"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 CONFIG_FILE = ".hydra/config.yaml"
+ACCEPTED_MARK = "accepted"  # beside the configuration of a continuation
 EXPERT_SET_FOLDER = "expert_set"
 BATCH_METRIC = "collector/batch"  # in a line of metrics of the collector: the number of its batch, from 1
+LAST_FOLDER, BEST_FOLDER = "last", "best"  # of the policy, for other tools
 TIMELINE_FOLDER = "timeline"  # of <process>.jsonl
 
 
@@ -48,6 +50,16 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
+
+
+def settings_folder(run_dir: Path) -> Path:
+    """Where Hydra's files of the settings lie that a run has now: those of its start, or of its last continuation.
+
+    Hydra writes them before anybody has looked at the settings: a continuation that was refused has no mark.
+    """
+    first = (run_dir / CONFIG_FILE).parent
+    accepted = [mark.parent for mark in first.glob(f"resumed-*/{ACCEPTED_MARK}")]
+    return max(accepted, key=lambda path: int(path.name.rpartition("-")[2]), default=first)
 
 
 def is_of_batches(line: Mapping[str, Any], num_batches: int) -> bool:

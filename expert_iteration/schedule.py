@@ -85,6 +85,16 @@ class ProgressSchedule:
         if self.warmup >= 1 and (anew or step <= self.warmup):
             self.warmup_end = self._position(self._first_step + self.warmup)
 
+    def rescale(self, ratio: float) -> None:
+        """The run is longer (or shorter) than it was planned: what was the whole of it is `ratio` of it.
+
+        Rates that had fallen rise again, to where they would be now in a run that was as long from the start.
+        """
+        self.start_progress = min(1.0, self.start_progress * ratio)
+        self.end_progress = min(1.0, self.end_progress * ratio)
+        if self.warmup >= 1 and not self.is_whole_in_piece:
+            self.warmup_end = min(1.0, self.warmup_end * ratio)
+
     def progress(self, step: float) -> float:
         """Fraction of the run that is over when optimizer step `step` begins; flat outside the planned piece."""
         if step >= self.end_step:
@@ -159,7 +169,18 @@ def plan(scheduler: LambdaLR, num_steps: int, until: float, *, anew: bool = Fals
     """`ProgressSchedule.plan` from the scheduler's current step on; the optimizer's learning rates follow at once."""
     step, schedule = scheduler.last_epoch, _schedule_of(scheduler)
     schedule.plan(step, num_steps, until, anew=anew)
-    # LambdaLR computed this step's rates when the step before ended, that is before this plan was known.
+    _set_rates(scheduler)
+
+
+def rescale(scheduler: LambdaLR, ratio: float) -> None:
+    """`ProgressSchedule.rescale`; the optimizer's learning rates follow at once."""
+    _schedule_of(scheduler).rescale(ratio)
+    _set_rates(scheduler)
+
+
+def _set_rates(scheduler: LambdaLR) -> None:
+    """LambdaLR computed the coming step's rates when the step before ended: what was planned since counts."""
+    step, schedule = scheduler.last_epoch, _schedule_of(scheduler)
     rates = [base * schedule(step) for base in scheduler.base_lrs]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate

@@ -22,13 +22,14 @@ from expert_iteration.checkpoint_files import SavedCheckpoint, tidy
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config, num_engines
 from expert_iteration.errors import UserError
-from expert_iteration.export import BEST, LAST, Exporter
+from expert_iteration.export import Exporter
 from expert_iteration.interruption import StopRequest
 from expert_iteration.model_card import model_card
 from expert_iteration.places import Places
 from expert_iteration.position import Position
 from expert_iteration.remote import Waiting, get_from
-from expert_iteration.run_directory import METRICS_FILE, read_jsonl
+from expert_iteration.resume import rewind
+from expert_iteration.run_directory import ACCEPTED_MARK, BEST_FOLDER, LAST_FOLDER, METRICS_FILE, read_jsonl
 from expert_iteration.screen import Progress, RemoteScreen, StepProgress
 from expert_iteration.seeds import derive_seed
 from expert_iteration.summary import Summary, write_summary
@@ -67,9 +68,9 @@ class Session:
     ) -> None:
         set_seed(derive_seed(cfg.seed, "training"))
         self._cfg, self._run_dir, self._screen = cfg, run_dir, screen
-        self._started, self._checkpoint, self._has_begun = start.started, start.checkpoint, False
+        self._started, self._stop, self._total_turns = start.started, stop, start.about["total_turns"]
         self._task = task = start.task
-        checkpoint = start.checkpoint
+        self._checkpoint = checkpoint = start.checkpoint
         self._state = None if checkpoint is None else load_state(checkpoint.folder)
         writer_state = None if self._state is None else self._state["buffer"]["_writer_state"]
         # First what only starts a process: the actors load their models while this process loads TorchRL and its own.
@@ -97,6 +98,11 @@ class Session:
         self.policy_training = self.learner.model
         self._reader = ei_utils.make_policy_reader(cfg, self.learner, self._ranks)
         self._summary = Summary(cfg)
+        if checkpoint is not None:
+            # Not before: until here the run could be refused, and its directory is to be as it was then.
+            for line in rewind(run_dir, checkpoint):
+                screen.say(line)
+            (start.settings / ACCEPTED_MARK).touch()
         run_id = None if checkpoint is None else checkpoint.manifest["wandb_run_id"]
         loggers = make_loggers(cfg, run_dir, "sync" if cfg.train.sync else "async", run_id)
         self.metrics = Metrics(
@@ -122,7 +128,7 @@ class Session:
             task,
             self._tokenizer,
             self.metrics,
-            on_best=partial(self._export, BEST),
+            on_best=self._keep_best,
             say=screen.say,
         )
         self._parts = RunParts(
@@ -142,7 +148,7 @@ class Session:
             about={
                 **start.about,
                 "started": start.started,
-                "wandb_run_id": next((logger.run_id for logger in loggers), None),
+                "wandb_run_id": next((logger.run_id for logger in loggers), run_id),
                 "model": self._model_fingerprint,
             },
             clock=self._elapsed,
@@ -183,7 +189,7 @@ class Session:
 
     def start(self) -> None:
         """Wait for the engine, and prove that it has loaded the same weights as this process."""
-        self._engine.wait_until_ready(self._screen.say)
+        self._engine.wait_until_ready(self._screen.say, self._stop.check)
         self._seconds["timeit/start/engine_ready"] = self._elapsed()
         for name, actor in self._references.items():
             get_from(name, actor.__ray_ready__.remote())  # a reference that cannot load says so before anything runs
@@ -192,16 +198,15 @@ class Session:
             self.metrics.log(self._seconds | verified, step=0)
         else:
             self._go_on_from(self._checkpoint)
-        self._has_begun = True
 
     def _go_on_from(self, checkpoint: SavedCheckpoint) -> None:
         state, self._state = self._state, None
         assert state is not None
         if (first := state["learner"]["first_optimizer_step_time"]) is not None:
             state["learner"]["first_optimizer_step_time"] = first - checkpoint.manifest["started"] + self._started
-        self._parts.load(checkpoint, state, self.policy_training)
+        self._parts.load(checkpoint, state, self.policy_training, self._total_turns)
         self.checkpointer.resumed_at(checkpoint.step)
-        for name in (BEST, LAST):
+        for name in (BEST_FOLDER, LAST_FOLDER):
             tidy(self._run_dir / name)
         self._summary.go_on_from(read_jsonl(self._run_dir / METRICS_FILE))
         self._screen.say(
@@ -210,20 +215,25 @@ class Session:
 
     def save_unfinished(self) -> None:
         """Save a run that was asked to stop while it waited, its last optimizer step made of what it has."""
-        if not self._has_begun:
-            return
         if self.learner.is_in_window:
             self.metrics.training(self.learner.flush(), optim_step=self.learner.optimizer_steps)
         self.checkpointer.save()
 
     def finish(self) -> None:
         """What a completed run leaves beside its metrics: a last checkpoint, and the model as `last/`."""
+        # First, so that a run that goes on from it, longer, has no line of an end.
+        self.checkpointer.save()
         self.metrics.drain(self.learner.gradient_steps)
         # What was dropped since the last step is counted too, and what the engine loaded last is checked.
         last = self.replay_buffer.statistics() | self.weight_updater.read_reports()
         self.metrics.log(last, self.learner.gradient_steps)
-        self.checkpointer.save()
-        self._export(LAST)
+        self._export(LAST_FOLDER)
+
+    def _keep_best(self) -> None:
+        """What was just evaluated is the best so far: keep it as a folder, and as a checkpoint that stays."""
+        self._export(BEST_FOLDER)
+        if self._cfg.train.checkpoint_frequency:
+            self.checkpointer.save(again=True)
 
     def _export(self, name: str) -> None:
         """Save the policy, as it is now, as a folder of the run."""
@@ -243,11 +253,13 @@ class Session:
             self._conclude(error)
 
     def _conclude(self, error: BaseException | None) -> None:
-        write_summary(self._run_dir, self._sum_up(error))
-        ranks = [] if self._ranks is None else self._ranks.actors
-        stop_actors([*self._actors, *ranks, self._buffer_owner._rb])
-        if self._ranks is not None:
-            self._ranks.leave()
+        try:
+            write_summary(self._run_dir, self._sum_up(error))
+        finally:
+            ranks = [] if self._ranks is None else self._ranks.actors
+            stop_actors([*self._actors, *ranks, self._buffer_owner._rb])
+            if self._ranks is not None:
+                self._ranks.leave()
 
     def _elapsed(self) -> float:
         """Seconds since the user's process started."""

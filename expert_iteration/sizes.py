@@ -41,7 +41,8 @@ def derive_sizes(cfg: Config) -> Sizes:
     """The sizes of a run; `cfg` has passed the rules of `validation.py` that stand before the buffer's.
 
     A run of fewer turns than a batch makes one smaller batch, of whole groups. For a run on an expert set
-    `train.total_dialog_turns` must be the number of its responses (`run.py` sets it).
+    `train.total_dialog_turns` must be the number of its responses (`run.py` sets it). To an evaluation alone, which has
+    no batches and whose values no rule compares, the sizes say nothing.
     """
     if cfg.train.from_expert_set is not None:
         return _sizes_of_expert_set(cfg)

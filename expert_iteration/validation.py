@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
-from functools import reduce
+from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from expert_iteration.config import (
     RestartFrom,
     Resume,
     accumulates_expert_set,
+    collects,
     num_references,
 )
 from expert_iteration.errors import UserError
@@ -100,6 +101,19 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SEED_LIMIT = 2**32
 VLLM_MAX_LORA_RANK = 512
 
+Rule = Callable[[Config], None]
+
+
+def where_collected(rule: Rule) -> Rule:
+    """The rule, of groups and batches, for runs that collect any: to others its keys say nothing (`effects.py`)."""
+
+    @wraps(rule)
+    def check(cfg: Config) -> None:
+        if collects(cfg):
+            rule(cfg)
+
+    return check
+
 
 def mode_belongs_to_script(cfg: Config, mode: str) -> None:
     """Each script is one algorithm."""
@@ -140,6 +154,7 @@ def seeds_fit_every_generator(cfg: Config) -> None:
             raise UserError(f"{key} ({value}) must be from 0 to {SEED_LIMIT - 1}.")
 
 
+@where_collected
 def group_has_two_responses(cfg: Config) -> None:
     """One response alone is neither better nor worse."""
     if cfg.env.repeats < 2:
@@ -149,6 +164,7 @@ def group_has_two_responses(cfg: Config) -> None:
         )
 
 
+@where_collected
 def topk_size_fits_group(cfg: Config) -> None:
     """No more can be kept than there are."""
     if cfg.train.topk_size > cfg.env.repeats:
@@ -158,6 +174,7 @@ def topk_size_fits_group(cfg: Config) -> None:
         )
 
 
+@where_collected
 def batch_is_whole_groups(cfg: Config) -> None:
     """Selection needs every response of a group in the same batch."""
     batch, repeats = cfg.train.dialog_turns_per_batch, cfg.env.repeats
@@ -170,6 +187,7 @@ def batch_is_whole_groups(cfg: Config) -> None:
         )
 
 
+@where_collected
 def num_envs_fits_groups_and_batch(cfg: Config) -> None:
     """The engine is asked for whole groups, or whole parts of one, and for a whole batch in the end."""
     batch, repeats = cfg.train.dialog_turns_per_batch, cfg.env.repeats
@@ -183,10 +201,11 @@ def num_envs_fits_groups_and_batch(cfg: Config) -> None:
         )
 
 
+@where_collected
 def buffer_holds_a_batch(cfg: Config) -> None:
     """A smaller buffer would overwrite kept responses before any of them was trained on."""
     size, sizes = cfg.train.buffer_size, derive_sizes(cfg)
-    if size is not None and cfg.train.from_expert_set is None and size < sizes.max_kept_per_batch:
+    if size is not None and size < sizes.max_kept_per_batch:
         raise UserError(
             f"train.buffer_size ({size}) is too small: {sizes.turns_per_batch} turns / {cfg.env.repeats} repeats x "
             f"{cfg.train.topk_size} kept = {sizes.max_kept_per_batch} responses that a batch can keep. Raise it, or "
@@ -194,11 +213,12 @@ def buffer_holds_a_batch(cfg: Config) -> None:
         )
 
 
+@where_collected
 def buffer_holds_what_accumulates(cfg: Config) -> None:
     """A smaller buffer would forget the oldest, which is not what accumulating means."""
     size, sizes, accumulates = cfg.train.buffer_size, derive_sizes(cfg), accumulates_expert_set(cfg)
     needed = sizes.num_batches * sizes.max_kept_per_batch
-    if cfg.train.sync and accumulates and size is not None and cfg.train.from_expert_set is None and size < needed:
+    if cfg.train.sync and accumulates and size is not None and size < needed:
         raise UserError(
             f"train.buffer_size ({size}) is too small where {_what_accumulates(cfg)}: {sizes.num_batches} batches x "
             f"{sizes.max_kept_per_batch} kept = {needed} responses. Set train.buffer_size=null; or "
@@ -206,6 +226,7 @@ def buffer_holds_what_accumulates(cfg: Config) -> None:
         )
 
 
+@where_collected
 def max_ahead_holds_a_batch(cfg: Config) -> None:
     """Collection goes on by whole batches; a smaller limit would never let one begin."""
     ahead, groups = cfg.train.max_ahead, derive_sizes(cfg).groups_per_batch
@@ -431,6 +452,7 @@ def adapters_have_a_rank_that_vllm_serves(cfg: Config) -> None:
         )
 
 
+@where_collected
 def every_engine_gets_a_group(cfg: Config) -> None:
     """A group is not split over engines."""
     replicas, num_envs = cfg.inference_model.num_replicas, derive_sizes(cfg).num_envs
@@ -618,7 +640,6 @@ def wandb_can_be_reached(cfg: Config) -> None:
         )
 
 
-Rule = Callable[[Config], None]
 # In this order: the later ones divide by what the earlier ones checked.
 RULES: tuple[Rule, ...] = (
     sizes_are_at_least_one,

@@ -196,7 +196,7 @@ class WeightUpdater:
     @property
     def pushed_weights(self) -> PackedWeights | None:
         """The weights of the last push, as they were sent; None before the first."""
-        return self._transport.last_sent if self.pushes else None
+        return self._transport.last_sent if self.policy_version else None
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and what is known of the engines; no weights."""
@@ -223,10 +223,9 @@ class WeightUpdater:
         version = state["policy_version"]
         if version:
             self.policy_version = version - 1
-            if pushed is None:
-                self._push(policy)
-            else:
-                # Unproven, for the policy is another by now: the next push asks.
+            self._push(policy)
+            if pushed is not None:
+                # On the way that was just proven; of these weights the trainer has no scores to compare with.
                 self._read(self._transport.send(lambda: iter(pushed), version, None, self._timeout).reports)
         self.policy_version, self.pushes = version, state["pushes"]
         self._superseded = self._superseded_before = state["superseded"]

@@ -164,14 +164,15 @@ def run_algorithm(script, cfg, engine, run_dir, checkpoint=None, stop=None):
         metrics=metrics,
         reference_updater=reference_updater,
     )
-    about = {"run_dir": str(run_dir)}
+    total_turns = sizes.num_batches * sizes.turns_per_batch
+    about = {"run_dir": str(run_dir), "total_turns": total_turns}
     checkpoints = run_dir / "checkpoints"
     clock = lambda: time.time() - started  # noqa: E731
     checkpointer = Checkpointer(checkpoints, parts, cfg, about=about, clock=clock, stop=stop or StopRequest())
     if checkpoint is None:
         metrics.log(verified, step=0)
     else:
-        parts.load(checkpoint, state, policy)
+        parts.load(checkpoint, state, policy, total_turns)
         checkpointer.resumed_at(checkpoint.step)
         summary.go_on_from(read_jsonl(run_dir / "metrics.jsonl"))
     collaborators = {name: part for name, part in vars(parts).items() if name != "reference_updater"}

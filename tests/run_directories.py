@@ -76,6 +76,7 @@ def write_run(run_dir, summary=SUMMARY, config=CONFIG):
                 "collector/rewards/max": 1.0,
                 "collector/response_length/mean": 250.0,
                 "collector/response_tokens": 8000,
+                "collector/batch": batch + 1,
             },
             step=batch,
         )
@@ -89,6 +90,7 @@ def write_run(run_dir, summary=SUMMARY, config=CONFIG):
                 "selection/groups_all_equal": 2 * seen,
                 "selection/batch_kept": 16,
                 "collector/time/collect": 2.0,
+                "collector/batch": batch + 1,
             },
             step=batch,
         )

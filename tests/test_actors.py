@@ -3,6 +3,7 @@
 Ray imports this file in the actor's process, so it loads nothing heavy.
 """
 
+import dataclasses
 import threading
 import time
 
@@ -193,6 +194,97 @@ def test_collection_stays_within_its_limit_until_batches_are_worked_off(make_sta
         assert ray.get(stage.count.remote()) == worked_off + 1
         collector.go_on(worked_off + 1)
     assert collector.finished
+
+
+# --- going on where an earlier run stood ---
+
+
+def as_batch(number, **changes):
+    return CollectedBatch(number * 8, 32, 2, [f"sample {number}"], **changes)
+
+
+class NumberedStage:
+    """A collector whose batches are `as_batch`, from the one after those that an earlier run has written."""
+
+    def __init__(self, written):
+        self.number, self.events = written, []
+
+    def collect(self):
+        self.number += 1
+        self.events.append(f"collect {self.number}")
+
+    def write(self, replay_buffer):
+        self.events.append(f"write {self.number}")
+        return as_batch(self.number)
+
+    def collect_and_write(self, replay_buffer):
+        self.collect()
+        return self.write(replay_buffer)
+
+    def program(self):
+        return self.events
+
+
+@pytest.fixture
+def stage_after(ray_session):
+    """A function that starts a `NumberedStage`."""
+    return lambda written: ray.remote(num_cpus=0)(NumberedStage).remote(written)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_batch_that_was_trained_on_comes_first_again_and_is_not_collected_again(stage_after, waiting, overlap):
+    def client(written):
+        stage = stage_after(written)
+        return stage, CollectorClient(stage, "buffer", 4, overlap=overlap, waiting=waiting, turns=Turns())
+
+    _, first = client(written=0)
+    batches = iter(first)
+    assert [next(batches), next(batches)] == [as_batch(1), as_batch(2)]
+    state = first.state_dict()  # in the middle of the second
+    stage, second = client(written=2)
+    second.load_state_dict(state, writer_state=None)
+    batches = iter(second)
+    assert next(batches) == as_batch(2, is_resumed=True)
+    # With overlap the third is on its way while the second is trained on; without it nobody has asked for it.
+    time.sleep(0.5)
+    assert ray.get(stage.program.remote()) == (["collect 3"] if overlap else [])
+    assert list(batches) == [as_batch(3), as_batch(4)]
+
+
+def test_between_two_batches_there_is_none_to_come_again(stage_after, waiting):
+    def client(written):
+        return CollectorClient(stage_after(written), "buffer", 2, overlap=False, waiting=waiting, turns=Turns())
+
+    first, states = client(written=0), []
+    waiting.check = lambda: states.append(first.state_dict())  # where a signal is heard
+    assert len(list(first)) == 2
+    waiting.check = None
+    assert [(state["num_written"], state["current"]) for state in (states[0], states[-1])] == [(0, None), (1, None)]
+    second = client(written=1)
+    second.load_state_dict(states[-1], writer_state=None)
+    assert list(second) == [as_batch(2)]
+
+
+def test_batches_that_the_trainer_had_not_heard_of_arrive_first(stage_after, waiting):
+    def client(written):
+        return BackgroundCollector(stage_after(written), "buffer", 5, batches_ahead=None, waiting=waiting)
+
+    first = client(written=0)
+    first.start()
+    first.wait(since=time.monotonic())
+    assert first.arrived()[:1] == [as_batch(1)]
+    state = first.state_dict()
+    num_seen = state["num_seen"]
+    assert state["latest"]["dialog_turns"] == 8 * num_seen
+    # The buffer that is saved with it holds one more than the trainer knows of.
+    written = num_seen + 1
+    last_written = [dataclasses.asdict(as_batch(number)) for number in (num_seen, written)]
+    second = client(written)
+    second.load_state_dict(state, {"num_written": written, "last_written": last_written})
+    assert second.latest == as_batch(num_seen)
+    assert not second.finished
+    second.start()
+    assert finish(second) == [as_batch(number) for number in range(written, 6)]
 
 
 def test_an_error_in_the_background_surfaces_when_the_trainer_looks(make_stage, waiting):

@@ -79,8 +79,8 @@ def checkpointer_of(directory, learner, cfg, **changes):
         "collector": SimpleNamespace(state_dict=dict),
         "replay_buffer": SimpleNamespace(state_dict=lambda: {"_storage": [], "_writer_state": None}),
         "learner": learner,
-        "weight_updater": SimpleNamespace(state_dict=dict, pushed_weights=None),
-        "evaluator": SimpleNamespace(state_dict=dict, latest={}),
+        "weight_updater": SimpleNamespace(state_dict=dict, pushed_weights=None, pushes=0),
+        "evaluator": SimpleNamespace(state_dict=dict, latest={}, measured_pushes=0),
         "metrics": SimpleNamespace(state_dict=lambda: {"file_bytes": {}}),
         "reference_updater": SimpleNamespace(version=0, weights=None),
     }
@@ -216,10 +216,12 @@ def test_the_name_appears_only_when_the_file_is_whole(learner, cfg, tmp_path, mo
 
 
 def test_the_manifest_says_where_the_run_stands_and_the_files_are_as_it_says(learner, cfg, tmp_path):
-    evaluator = SimpleNamespace(state_dict=dict, latest={"pass@1": 0.25, "reward": math.nan})
+    evaluator = SimpleNamespace(state_dict=dict, latest={"pass@1": 0.25, "reward": math.nan}, measured_pushes=0)
     writer_state = {"num_written": 3}
     buffer = SimpleNamespace(state_dict=lambda: {"_storage": [{"a": torch.ones(2)}], "_writer_state": writer_state})
-    checkpointer_of(tmp_path, learner, cfg, evaluator=evaluator, replay_buffer=buffer).save()
+    checkpointer_of(
+        tmp_path, learner, cfg, evaluator=evaluator, replay_buffer=buffer, position=Position(pushed_at=1)
+    ).save()
     checkpoint = open_checkpoint(tmp_path / "checkpoint_1")
     checkpoint.verify()
     manifest = checkpoint.manifest
@@ -235,6 +237,26 @@ def test_the_manifest_says_where_the_run_stands_and_the_files_are_as_it_says(lea
     assert set(manifest["files"]) == {"checkpoint_1.pt", "checkpoint_1/state.pt", "checkpoint_1/buffer.td"}
     state = load_state(checkpoint.folder)
     assert torch.equal(state["buffer"]["_storage"][0]["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize(("pushed_at", "measured_pushes"), [(0, 0), (1, 1)])
+def test_a_score_is_of_the_weights_that_are_saved_or_there_is_none(learner, cfg, tmp_path, pushed_at, measured_pushes):
+    evaluator = SimpleNamespace(state_dict=dict, latest={"pass@1": 0.25}, measured_pushes=measured_pushes)
+    checkpointer_of(tmp_path, learner, cfg, evaluator=evaluator, position=Position(pushed_at=pushed_at)).save()
+    assert open_checkpoint(tmp_path / "checkpoint_1").manifest["score"] is None
+
+
+def test_a_checkpoint_from_before_its_evaluation_is_written_again(learner, cfg, tmp_path):
+    evaluator = SimpleNamespace(state_dict=dict, latest={}, measured_pushes=0)
+    checkpointer = checkpointer_of(tmp_path, learner, cfg, evaluator=evaluator, position=Position(pushed_at=1))
+    checkpointer.save()
+    evaluator.latest = {"pass@1": 0.5}
+    checkpointer.save()
+    assert open_checkpoint(tmp_path / "checkpoint_1").manifest["score"] is None
+    checkpointer.save(again=True)
+    checkpoint = open_checkpoint(tmp_path / "checkpoint_1")
+    checkpoint.verify()
+    assert checkpoint.manifest["score"] == 0.5
 
 
 def test_rows_come_back_with_texts_and_lengths_of_their_own(tmp_path):
@@ -266,7 +288,7 @@ def packed(value):
 def test_the_weights_of_the_last_push_are_kept_where_the_engine_goes_on_with_them(
     make_cfg, learner, tmp_path, overrides, pushed_at, kept
 ):
-    updater = SimpleNamespace(state_dict=dict, pushed_weights=packed(2.0))
+    updater = SimpleNamespace(state_dict=dict, pushed_weights=packed(2.0), pushes=0)
     position = Position(pushed_at=pushed_at)
     checkpointer_of(tmp_path, learner, make_cfg(*overrides), weight_updater=updater, position=position).save()
     loaded = load_packed(tmp_path / "checkpoint_1" / "engine.safetensors")
@@ -353,7 +375,7 @@ def test_a_full_disk(learner, cfg, tmp_path, megabytes, parts):
 
 def test_a_directory_that_cannot_be_made_is_said(learner, cfg, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Not a directory.*There is none before it.*checkpoint_dir"):
+    with pytest.raises(UserError, match=r"Not a directory.*There is none before it.*resume_from"):
         checkpointer_of(tmp_path / "file" / "checkpoints", learner, cfg).save()
 
 

@@ -14,6 +14,7 @@ from expert_iteration.checkpoint_files import (
     replacing,
     write_manifest,
 )
+from expert_iteration.errors import UserError
 
 
 def save(directory, step, score=None):
@@ -69,7 +70,6 @@ def age_manifest(folder):
         (lose, "checkpoint_3.pt is missing"),
         (lose_manifest, "no readable manifest.json"),
         (garble_manifest, "no readable manifest.json"),
-        (age_manifest, "its format is 0, this version reads 1"),
     ],
 )
 def test_what_is_wrong_with_a_damaged_one_is_said_and_the_one_before_is_taken(tmp_path, damage, said):
@@ -80,6 +80,12 @@ def test_what_is_wrong_with_a_damaged_one_is_said_and_the_one_before_is_taken(tm
     (complaint,) = complaints
     assert complaint.startswith("checkpoint_3 is damaged: ")
     assert said in complaint
+
+
+def test_one_of_another_version_is_no_damage_to_pass_over(tmp_path):
+    age_manifest(save(tmp_path, 3))
+    with pytest.raises(UserError, match=r"another version \(format 0, this one has 1\)"):
+        newest_whole(tmp_path)
 
 
 def test_there_may_be_none(tmp_path):
@@ -142,6 +148,14 @@ def test_the_last_and_the_best_stay_and_of_the_others_the_newest(tmp_path, score
     assert names(tmp_path) == sorted([*expected, "notes.txt"])
     for step in left:
         open_checkpoint(tmp_path / f"checkpoint_{step}").verify()
+
+
+def test_one_that_cannot_be_read_ends_no_run(tmp_path):
+    garble_manifest(save(tmp_path, 1))
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    prune(tmp_path, keep=2)
+    assert [folder.name for folder in list_folders(tmp_path)] == ["checkpoint_1", "checkpoint_3", "checkpoint_4"]
 
 
 def test_none_is_superfluous_where_there_is_none(tmp_path):

@@ -17,6 +17,7 @@ from expert_iteration.cli import CONFIG_DIR, compose_config
 from expert_iteration.config import Config
 from expert_iteration.errors import UserError
 from expert_iteration.resolve import resolve_config, to_config
+from expert_iteration.sizes import derive_sizes, describe_sizes
 
 TASKS = sorted(path.stem for path in CONFIG_DIR.glob("*.yaml") if path.stem != "base")
 MODES = sorted(path.stem for path in (CONFIG_DIR / "mode").glob("*.yaml"))
@@ -674,6 +675,34 @@ def test_rule_refuses_with_value_rule_and_remedy(rule, changes, mode, parts, mon
     monkeypatch.setattr(resolve, "RULES", tuple(r for r in validation.RULES if r.__name__ != rule))
     monkeypatch.setattr(resolve, "mode_belongs_to_script", lambda cfg, mode: None)
     assert refusal(cfg, mode) != message
+
+
+OF_COLLECTING = {
+    "group_has_two_responses",
+    "topk_size_fits_group",
+    "batch_is_whole_groups",
+    "num_envs_fits_groups_and_batch",
+    "buffer_holds_a_batch",
+    "buffer_holds_what_accumulates",
+    "max_ahead_holds_a_batch",
+    "every_engine_gets_a_group",
+}
+
+
+@pytest.mark.parametrize("without", [{"eval.only": True}, {"train.from_expert_set": str(CONFIG_DIR)}], ids=str)
+@pytest.mark.parametrize(("rule", "changes", "mode"), [case[:3] for case in CASES if case[0] in OF_COLLECTING])
+def test_where_nothing_is_collected_groups_and_batches_need_not_fit(rule, changes, mode, without):
+    if mode == "async" and "eval.only" not in without:
+        pytest.skip("an expert set is trained on in sync mode only")
+    cfg = load({**changes, **without}, mode=mode)
+    assert derive_sizes(cfg).num_batches >= 1
+
+
+@pytest.mark.parametrize(("repeats", "num_envs"), [(3, 256), (3, 100), (5000, 7)])
+def test_an_evaluation_alone_starts_with_any_sizes(repeats, num_envs):
+    cfg = load({"eval.only": True, "env.repeats": repeats, "env.num_envs": num_envs})
+    (line,) = describe_sizes(derive_sizes(cfg), cfg)
+    assert line.startswith("evaluation of tiny: 200 prompts")
 
 
 def refusal(cfg: DictConfig, mode: str) -> str | None:

@@ -219,6 +219,18 @@ def test_a_run_has_stalled_after_so_many_evaluations_without_a_better_one(make_e
     assert line.startswith("pass@1 has not risen above 0.167 (after 10 gradient steps) in 2 evaluations (train.stop_")
 
 
+def test_less_patience_than_before_ends_a_run_with_a_word(make_evaluator):
+    evaluator, engine, _ = make_evaluator()
+    evaluate_all(evaluator, engine, [RIGHT, WRONG, WRONG, WRONG])
+    lines = []
+    resumed, engine, _ = make_evaluator(patience=1, say=lines.append)
+    resumed.load_state_dict(evaluator.state_dict())
+    assert resumed.has_stalled
+    evaluate_all(resumed, engine, [WRONG], first_push=4)  # the last of a run that ends
+    (line,) = lines
+    assert "in 3 evaluations (train.stop_patience): the run ends" in line
+
+
 def test_without_patience_a_run_never_stalls(make_evaluator):
     evaluator, engine, _ = make_evaluator()
     evaluate_all(evaluator, engine, [RIGHT] + 20 * [WRONG])
@@ -240,16 +252,23 @@ def test_it_goes_on_from_its_state(make_evaluator):
 
 
 def test_an_evaluation_that_was_interrupted_is_pending(make_evaluator):
-    def interrupt():
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    evaluator, engine, _ = make_evaluator(on_best=interrupt)
-    assert evaluator.is_pending
-    evaluate_all(evaluator, engine, [WRONG])
+    evaluator, engine, _ = make_evaluator()
+    evaluator.evaluate(step=0, pushes=0)
     assert not evaluator.is_pending
+    engine.sample = interrupt
     with pytest.raises(KeyboardInterrupt):
-        evaluate_all(evaluator, engine, [RIGHT], first_push=1)
-    assert evaluator.is_pending
+        evaluator.evaluate(step=5, pushes=1)
+    assert (evaluator.is_pending, evaluator.measured_pushes) == (True, 1)
+
+
+def test_what_is_done_for_the_best_finds_the_evaluation_ended(make_evaluator):
+    seen = []
+    evaluator, engine, _ = make_evaluator(on_best=lambda: seen.append(evaluator.state_dict()["is_pending"]))
+    evaluate_all(evaluator, engine, [WRONG, RIGHT])
+    assert seen == [False]
 
 
 def test_the_probe_is_prompts_with_their_ground_truths_cut_from_the_left(tiny_tokenizer):

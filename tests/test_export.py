@@ -1,8 +1,8 @@
 """`expert_iteration.export`: folders that others load, that score as the policy does, and that are whole."""
 
-import errno
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -152,16 +152,29 @@ def test_a_full_disk_leaves_the_folder_before_and_says_so(load_tiny_model, make_
     exporter = make_exporter(policy)
     exporter.export(tmp_path / "best", card="one")
 
-    def fill_the_disk(folder):
-        assert files(tmp_path) == {"best", ".best.tmp"}
-        raise OSError(errno.ENOSPC, "No space left on device")
+    save, limits = exporter._tokenizer.save_pretrained, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    monkeypatch.setattr(exporter._tokenizer, "save_pretrained", fill_the_disk)
-    with pytest.raises(UserError, match=r"best \(.*No space left.*resume_from"):
+    def save_on_a_full_disk(folder):
+        assert files(tmp_path) == {"best", ".best.tmp"}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # less than tokenizer.json
+        try:
+            save(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(exporter._tokenizer, "save_pretrained", save_on_a_full_disk)
+    with pytest.raises(UserError, match=r"best \(File too large \(os error 27\)\).*resume_from"):
         exporter.export(tmp_path / "best", card="two")
     assert files(tmp_path) == {"best"}
     assert (tmp_path / "best" / "README.md").read_text() == "one"
     AutoModelForCausalLM.from_pretrained(tmp_path / "best")
+
+
+def test_a_mistake_is_no_full_disk(load_tiny_model, make_exporter, tmp_path, monkeypatch):
+    exporter = make_exporter(load_tiny_model())
+    monkeypatch.setattr(exporter._tokenizer, "save_pretrained", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        exporter.export(tmp_path / "best", card="")
 
 
 def test_a_crash_between_two_names_is_mended(load_tiny_model, make_exporter, tmp_path):

@@ -41,10 +41,13 @@ def test_shares_of_a_batch_are_growths_of_counters():
 
 def test_the_speed_of_collection_is_that_of_each_batch():
     lines = [
-        {"step": 0, "collector/response_tokens": 600},
-        {"step": 0, "collector/time/collect": 2.0},
-        {"step": 4, "collector/response_tokens": 900},
-        {"step": 4, "collector/time/collect": 0.5},
+        {"step": 0, "collector/batch": 1.0, "collector/response_tokens": 600},
+        {"step": 0, "collector/batch": 1.0, "collector/time/collect": 2.0},
+        {"step": 2, "collector/batch": 2.0, "collector/response_tokens": 5},  # its other record was lost
+        {"step": 3, "collector/batch": 3.0, "collector/time/collect": 7.0},  # likewise
+        {"step": 4, "collector/batch": 4.0, "collector/response_tokens": 900},
+        {"step": 4, "collector/batch": 4.0, "collector/time/collect": 0.5},
+        {"step": 5, "train/loss": 1.0},
     ]
     assert collect_series(lines, {COLLECT_SPEED}) == {COLLECT_SPEED: [Point(0, 300.0), Point(4, 1800.0)]}
 

@@ -80,6 +80,28 @@ def test_a_single_number_is_judged():
     assert found.title == "Up to 50% of held-out responses were truncated"
 
 
+@pytest.mark.parametrize(
+    ("rates", "highest", "since"),
+    [
+        ([0.0, 0.35], 35, 10),
+        ([0.5, 0.0, 0.3], 30, 20),
+        ([0.0, 0.0, 0.0, 0.4, 0.5], 50, 30),
+        ([0.3, 0.5, 0.25, 0.4], 50, 0),
+    ],
+)
+def test_evaluations_are_judged_one_by_one(rates, highest, since):
+    series = {"eval/truncation_rate": [Point(10 * number, rate) for number, rate in enumerate(rates)]}
+    (found,) = find_warnings(series, kl_budget=None, error=None)
+    assert found.title == f"Up to {highest}% of held-out responses were truncated"
+    assert found.when == f"since gradient step {since}"
+
+
+@pytest.mark.parametrize("rates", [[0.5, 0.0], [0.3, 0.5, 0.5, 0.5, 0.1], [0.2]])
+def test_what_the_last_evaluation_shows_no_more_is_no_warning(rates):
+    series = {"eval/truncation_rate": [Point(10 * number, rate) for number, rate in enumerate(rates)]}
+    assert find_warnings(series, kl_budget=None, error=None) == []
+
+
 def test_the_budget_of_the_kl_is_the_configured_one():
     assert warn({"train/kl_to_ref": 1.25}, kl_budget=1.5) == []
     assert warn({"train/kl_to_ref": 1.25}, kl_budget=None) == []

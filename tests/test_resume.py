@@ -99,6 +99,16 @@ def test_auto_starts_afresh_where_there_is_none_and_nothing_that_lay_there_is_lo
     assert find_checkpoint(cfg_of(make_cfg, resume="auto"), run_dir) == (None, [])
 
 
+def test_auto_leaves_the_checkpoints_of_another_run_alone(make_cfg, run_dir, tmp_path):
+    folder = run_dir / "checkpoints" / "checkpoint_4"
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"run_dir": str(run_dir)}))
+    cfg = cfg_of(make_cfg, f"logging.checkpoint_dir='{run_dir / 'checkpoints'}'", resume="auto")
+    assert find_checkpoint(cfg, run_dir)[0].step == 4
+    with pytest.raises(UserError, match="holds the checkpoints of another run"):
+        find_checkpoint(cfg, tmp_path / "other")
+
+
 def test_a_checkpoint_on_another_disk_knows_its_run(run_dir, tmp_path):
     elsewhere = tmp_path / "disk"
     elsewhere.mkdir()
@@ -147,6 +157,7 @@ def test_what_may_change_is_listed(make_cfg):
         (("logging.checkpoint_dir=elsewhere",), {}, ["logging.checkpoint_dir: checkpoints -> elsewhere"]),
         ((), {"tokenizer": "other"}, ["another tokenizer"]),
         ((), {"data": "other"}, ["other prompts"]),
+        (("eval.metric=greedy",), {}, ["eval.metric: pass@1 -> greedy"]),
         (("train.total_dialog_turns=64",), {}, ["turns per batch: 256 -> 64", "buffer size: 64 -> 16"]),
     ],
 )
@@ -244,11 +255,39 @@ def test_a_configuration_that_is_named_is_taken_as_it_is(run_dir):
 def test_each_continuation_has_its_files_beside_the_first_and_the_last_settings_hold(run_dir):
     again = run_dir / ".hydra" / "resumed-1"
     again.mkdir()
+    (again / "accepted").touch()
     (again / "hydra.yaml").write_text("hydra:\n  job:\n    config_name: ei_tiny\n")
     (again / "overrides.yaml").write_text(yaml.safe_dump(["mode=sync", "train.total_dialog_turns=99"]))
     _, overrides = continued(f"resume_from='{run_dir}'")
     assert overrides[0] == "hydra.output_subdir=.hydra/resumed-2"
     assert overrides[2:] == ["mode=sync", "train.total_dialog_turns=99"]
+
+
+def test_what_was_refused_is_not_asked_again(run_dir):
+    refused = run_dir / ".hydra" / "resumed-1"  # Hydra writes it before anybody has looked
+    refused.mkdir()
+    (refused / "hydra.yaml").write_text("hydra:\n  job:\n    config_name: ei_tiny\n")
+    (refused / "overrides.yaml").write_text(yaml.safe_dump(["mode=sync", "train.topk_size=999"]))
+    _, overrides = continued(f"resume_from='{run_dir}'")
+    assert overrides == [
+        *("hydra.output_subdir=.hydra/resumed-2", f"hydra.run.dir='{run_dir}'"),
+        *("mode=sync", "train.topk_size=3"),
+    ]
+
+
+def test_paths_are_of_where_the_run_was_started_and_so_is_the_configuration(run_dir):
+    (run_dir / ".hydra" / "hydra.yaml").write_text(
+        "hydra:\n  job:\n    config_name: mine\n  runtime:\n    cwd: /home/me\n    config_sources:\n"
+        "    - {path: /home/me/configs, provider: command-line}\n    - {path: /suite/config, provider: main}\n"
+    )
+    given = ["env.dataset_path=rows.jsonl", "reward.fn=my.py:f", "model.name=ORG/MODEL", "tiny.cache_dir=/abs"]
+    (run_dir / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(given))
+    flags, overrides = continued(f"resume_from='{run_dir}'")
+    assert flags == ["--config-name", "mine", "--config-dir", "/home/me/configs"]
+    assert overrides[2:] == [
+        *("env.dataset_path=/home/me/rows.jsonl", "reward.fn=/home/me/my.py:f"),
+        *("model.name=ORG/MODEL", "tiny.cache_dir=/abs"),
+    ]
 
 
 def test_auto_leaves_the_first_configuration_alone_and_the_command_line_as_it_is(run_dir, tmp_path):

@@ -17,6 +17,7 @@ from expert_iteration.schedule import (
     make_scheduler,
     plan,
     progress,
+    rescale,
 )
 
 # Factors are a few float64 operations on numbers of order 1.
@@ -270,3 +271,40 @@ def test_progress_does_not_wait_for_the_warm_up_or_need_a_schedule_of_rates():
 def test_an_unknown_shape_of_the_kl_coefficient_is_refused():
     with pytest.raises(UserError, match=r"kl_to_ref_schedule\.type \('cosine_with_warmup'\).*constant, linear, cosine"):
         KLSchedule(1.0, 0.0, "cosine_with_warmup")
+
+
+# --- a run that is made longer ---
+
+
+@pytest.mark.parametrize("warmup", [0.1, 2])
+def test_a_run_that_is_made_longer_has_the_rates_of_one_that_was_as_long(warmup):
+    def rates(scheduler, num_batches, of):
+        found = []
+        for batch in range(1, num_batches + 1):
+            plan(scheduler, 5, until=batch / of)
+            for _ in range(5):
+                found.append(scheduler.get_last_lr()[0])
+                scheduler.optimizer.step()
+                scheduler.step()
+        return found
+
+    def start(num_steps):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, ProgressSchedule("cosine_with_warmup", warmup, num_steps))
+
+    whole = rates(start(40), 8, of=8)
+    scheduler = start(20)
+    rates(scheduler, 4, of=4)
+    assert scheduler.get_last_lr()[0] == 0.0
+    rescale(scheduler, 0.5)
+    assert progress(scheduler) == 0.5
+    later = []
+    for batch in range(5, 9):
+        plan(scheduler, 5, until=batch / 8)
+        for _ in range(5):
+            later.append(scheduler.get_last_lr()[0])
+            scheduler.optimizer.step()
+            scheduler.step()
+    # A warm-up that is counted in steps was a larger part of the shorter run.
+    assert later == pytest.approx(whole[20:], abs=0.02)
+    assert later[0] > 0.3
