@@ -133,7 +133,7 @@ def run_until_killed(cfg, folder, run_dir, script_path):
 def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(
     start, make_cfg, load_script, warm_tiny_model, tmp_path, monkeypatch
 ):
-    more = ("train.total_dialog_turns=256", "train.checkpoint_frequency=2", "train.keep_checkpoints=2")
+    more = ("train.total_dialog_turns=640", "train.checkpoint_frequency=2", "train.keep_checkpoints=2")
     whole = start("defaults", tmp_path / "whole", None, *more)
     run_dir = tmp_path / "killed"
     # A server that has loaded everything, of which each process is a copy: importing takes longer than the run.
