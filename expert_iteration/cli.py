@@ -76,6 +76,13 @@ def launch(main: Main, mode: str, arguments: Sequence[str]) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         _print_failure(error)
         return 1
+    except OSError as error:
+        # Hydra's own files, before the job has begun, whose errors do not come here.
+        print(
+            f"Error: {error.filename} cannot be written ({error.strerror}): give another hydra.run.dir.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt as error:
         interrupted = error if isinstance(error, Interrupted) else Interrupted()
         print(f"Interrupted ({interrupted}).", file=sys.stderr)

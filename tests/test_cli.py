@@ -326,6 +326,14 @@ class WrappedByRay(UserError):
         self.cause = cause
 
 
+def test_a_directory_that_cannot_be_written_is_one_line(here, capsys):
+    (here / "file").write_text("")
+    assert launch(lambda cfg, run_dir: None, "sync", ["--config-name", "ei_tiny", "hydra.run.dir=file/run"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"Error: .*file.* cannot be written \(Not a directory\): give another hydra\.run\.dir", error)
+    assert "Traceback" not in error
+
+
 def test_a_user_error_from_a_ray_task_is_one_line_too(here, capsys):
     def main(cfg, run_dir):
         raise WrappedByRay(UserError("The data are empty: give others."))
