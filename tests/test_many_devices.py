@@ -43,6 +43,7 @@ def test_two_engines_two_references_and_two_ranks(tmp_path, warm_tiny_model):
     assert steps < run.summary["responses_kept"] * 2 / 8
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_two_ranks_against_the_base_under_them(tmp_path, warm_tiny_model):
     run = Run(
         tmp_path / "run",

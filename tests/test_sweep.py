@@ -287,6 +287,7 @@ def wait_for_rows(sweep, sweep_dir, count):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_runs_on_a_free_machine_after_one_that_failed_in_the_middle(tmp_path, warm_tiny_model):
     reward = tmp_path / "reward.py"
