@@ -68,12 +68,13 @@ class SavedCheckpoint:
             if _checksum(path) != expected["sha256"]:
                 raise DamagedCheckpointError(f"{name} holds other bytes than were written")
 
-    def remove(self) -> None:
-        """Delete it: the folder first, without which the rest is no checkpoint."""
-        gone = self.folder.with_name(f".{self.folder.name}.gone")
-        os.rename(self.folder, gone)
-        self.weights.unlink(missing_ok=True)
-        shutil.rmtree(gone)
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, whole or not: the folder's name first, without which the rest is none."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    os.rename(folder, gone)
+    folder.with_name(f"{folder.name}.pt").unlink(missing_ok=True)
+    shutil.rmtree(gone)
 
 
 def open_checkpoint(folder: Path) -> SavedCheckpoint:
@@ -183,7 +184,7 @@ def prune(directory: Path, keep: int) -> None:
         with suppress(DamagedCheckpointError):
             checkpoints.append(open_checkpoint(folder))
     for checkpoint in choose_superfluous(checkpoints, keep):
-        checkpoint.remove()
+        remove_checkpoint(checkpoint.folder)
     for path in directory.glob("checkpoint_*.pt"):
         if NAME.fullmatch(path.stem) and not path.with_suffix("").is_dir():
             path.unlink()

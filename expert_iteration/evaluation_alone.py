@@ -62,7 +62,7 @@ def evaluate_alone(
     metrics = Metrics(run_dir, loggers=[*loggers, summary, Progress(screen)], logging_frequency=1, clock=elapsed)
     error: BaseException | None = None
     try:
-        engine.wait_until_ready(screen.say)
+        engine.wait_until_ready(screen.say, stop.check)
         evaluator = ei_utils.make_evaluator(cfg, engine, start.task, ei_utils.get_tokenizer(cfg), metrics)
         evaluator.evaluate(step=0, pushes=0)
     except BaseException as raised:

@@ -1,6 +1,7 @@
 """Going on with an earlier run: where it stands, whether it fits, and its directory as it was at the checkpoint.
 
-All of it happens in the process with the terminal, before Ray starts. Importing this module loads no torch.
+All of it happens in the process with the terminal, before Ray starts, but for `rewind`: that is the training process's,
+once nothing can be refused any more. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from expert_iteration.checkpoint_files import (
     list_folders,
     newest_whole,
     open_checkpoint,
+    remove_checkpoint,
     step_of,
 )
 from expert_iteration.config import Config, Resume, to_plain_dict
@@ -124,7 +126,7 @@ def _find_named(path: Path, run_dir: Path, cfg: Config) -> tuple[SavedCheckpoint
 
 def _open_named(path: Path) -> SavedCheckpoint:
     try:
-        checkpoint = open_checkpoint(path.with_suffix("") if path.suffix == ".pt" else path)
+        checkpoint = open_checkpoint(_folder_of(path))
         checkpoint.verify()
     except DamagedCheckpointError as error:
         raise UserError(
@@ -132,6 +134,11 @@ def _open_named(path: Path) -> SavedCheckpoint:
             "checkpoint that is whole."
         ) from error
     return checkpoint
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of a checkpoint, which may be named by its `.pt`."""
+    return path.with_suffix("") if path.suffix == ".pt" else path
 
 
 def run_directory_of(path: Path) -> Path:
@@ -146,7 +153,7 @@ def run_directory_of(path: Path) -> Path:
         if (folder / CONFIG_FILE).is_file():
             return folder
     try:  # a checkpoint on another disk than its run
-        manifest = open_checkpoint(path.with_suffix("") if path.suffix == ".pt" else path).manifest
+        manifest = open_checkpoint(_folder_of(path)).manifest
     except DamagedCheckpointError as error:
         raise UserError(
             f"resume_from ({path}) is neither a run directory, with a {CONFIG_FILE}, nor a checkpoint: {error}."
@@ -241,8 +248,7 @@ def rewind(run_dir: Path, checkpoint: SavedCheckpoint) -> list[str]:
     # First, for what is cut below is what a later checkpoint would go on from.
     later = [folder for folder in list_folders(checkpoint.folder.parent) if step_of(folder) > checkpoint.step]
     for folder in later:
-        shutil.rmtree(folder)
-        folder.with_name(f"{folder.name}.pt").unlink(missing_ok=True)
+        remove_checkpoint(folder)
     for name, num_bytes in manifest["file_bytes"].items():
         _cut(run_dir / name, num_bytes, manifest["num_batches"])
     for name in (SUMMARY_FILE, REPORT_FILE):
@@ -274,10 +280,10 @@ def earlier_command(run_dir: Path) -> tuple[list[str], list[str]]:
     hydra = OmegaConf.load(folder / "hydra.yaml").hydra
     name, cwd = OmegaConf.select(hydra, "job.config_name"), OmegaConf.select(hydra, "runtime.cwd")
     sources = OmegaConf.select(hydra, "runtime.config_sources") or []
-    own = [source.path for source in sources if source.provider == "command-line"]
-    flags = ([] if name is None else ["--config-name", name]) + [
-        part for path in own for part in ("--config-dir", path)
-    ]
+    flags = [] if name is None else ["--config-name", name]
+    for source in sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", source.path]
     overrides = [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
     return flags, overrides if cwd is None else [_absolute_path(override, Path(cwd)) for override in overrides]
 

@@ -92,7 +92,7 @@ class Start:
 def _prepare(cfg: Config, run_dir: Path) -> Start:
     """What can be found out while nothing else runs: data or a tokenizer that cannot be used end the run here.
 
-    The tiny model is built if it is wanted and missing; a directory that is gone on with is as it was.
+    The tiny model is built if it is wanted and missing. A directory that is gone on with is looked at, not touched.
     """
     started = _start_time()
     checkpoint, passed_over = find_checkpoint(cfg, run_dir)

@@ -12,12 +12,7 @@ from ray.util.queue import Queue
 from transformers import set_seed
 
 import ei_utils
-from expert_iteration.checkpoint import (
-    Checkpointer,
-    RunParts,
-    load_state,
-    weights_fingerprint,
-)
+from expert_iteration.checkpoint import Checkpointer, RunParts, load_state, weights_fingerprint
 from expert_iteration.checkpoint_files import SavedCheckpoint, tidy
 from expert_iteration.cluster import stop_actors
 from expert_iteration.config import Config, num_engines
@@ -51,7 +46,7 @@ class Session:
     Args:
         cfg: the configuration.
         start: what the run begins with.
-        run_dir: of the run, which is as it was when the checkpoint was saved that is gone on from.
+        run_dir: of the run. Gone on with, it is made what it was when the checkpoint was saved.
         places: where the processes of the run live.
         screen: to the terminal.
         stop: whether the run was asked to end.

@@ -24,6 +24,16 @@ from expert_iteration.sizes import responses_per_gradient_step
 from expert_iteration.summary import Summary
 from expert_iteration.tasks import load_task
 
+# Overrides for three batches that keep four responses each, in micro-batches of four.
+THREE_BATCHES = (
+    "env.repeats=4",
+    "env.num_envs=8",
+    "train.dialog_turns_per_batch=16",
+    "train.total_dialog_turns=48",
+    "train.topk_size=1",
+    "train.optim_batch_size=4",
+)
+
 
 class LocalPool:
     """`EnginePool` around one engine of this process."""

@@ -5,7 +5,7 @@ Neither Ray nor vLLM: what is left is the flow of data, from a drawn prompt to a
 
 import pytest
 import torch
-from local_runs import run_algorithm
+from local_runs import THREE_BATCHES, run_algorithm
 from scripted_engine import ScriptedEngine
 from whole_runs import without_times
 
@@ -15,12 +15,7 @@ from expert_iteration.log_probs import token_log_probs
 from expert_iteration.models import chat_prompt_ids
 
 OVERRIDES = (
-    "env.repeats=4",
-    "env.num_envs=8",
-    "train.dialog_turns_per_batch=16",
-    "train.total_dialog_turns=48",
-    "train.topk_size=1",
-    "train.optim_batch_size=4",
+    *THREE_BATCHES,
     "train.epochs=4",
     "train.checkpoint_frequency=5",
     "optimizer.lr=3e-3",

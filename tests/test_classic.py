@@ -7,7 +7,7 @@ import pytest
 import ray
 import torch
 from builders import random_model
-from local_runs import run_algorithm
+from local_runs import THREE_BATCHES, run_algorithm
 from scripted_engine import ScriptedEngine
 from tensordict import TensorDict, lazy_stack
 
@@ -23,14 +23,8 @@ from expert_iteration.schedule import make_scheduler
 from expert_iteration.scorer import ReferenceScorer
 
 VOCABULARY = 50
-# Three batches that keep four responses each, in micro-batches of four.
 OVERRIDES = (
-    "env.repeats=4",
-    "env.num_envs=8",
-    "train.dialog_turns_per_batch=16",
-    "train.total_dialog_turns=48",
-    "train.topk_size=1",
-    "train.optim_batch_size=4",
+    *THREE_BATCHES,
     "train.checkpoint_frequency=0",
     "optimizer.lr=3e-3",
     "optimizer.scheduler.type=linear",

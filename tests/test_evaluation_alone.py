@@ -33,7 +33,7 @@ class FakePool(LocalPool):
 
     actors, waiting = (), None
 
-    def wait_until_ready(self, say):
+    def wait_until_ready(self, say, check):
         say("waiting")
 
     def describe(self):
