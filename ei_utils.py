@@ -27,6 +27,7 @@ from expert_iteration.actors import (
     ReferenceActor,
     ReferenceClient,
 )
+from expert_iteration.chat_template import load_tokenizer
 from expert_iteration.cluster import start_actor
 from expert_iteration.config import (
     Config,
@@ -43,7 +44,7 @@ from expert_iteration.engine import Engine, Sampling
 from expert_iteration.engine_client import CONCURRENCY_GROUPS, EngineActor, EngineClient, EnginePool
 from expert_iteration.engine_memory import engine_cache_bytes, engine_memory_share
 from expert_iteration.model_shape import read_model_shape
-from expert_iteration.models import load_model, load_tokenizer, model_path
+from expert_iteration.models import load_model, model_path
 from expert_iteration.places import Places, given
 from expert_iteration.remote import Waiting
 from expert_iteration.run_directory import BATCH_METRIC, EXPERT_SET_FOLDER, log_file, process_name, timeline_file
@@ -62,9 +63,11 @@ if TYPE_CHECKING:
     from expert_iteration.adapter_reference import AdapterReference
     from expert_iteration.collector import ExpertCollector
     from expert_iteration.evaluation import Evaluator
+    from expert_iteration.judging import Judge
     from expert_iteration.learner import Learner, StepResult
     from expert_iteration.metrics import Metrics
     from expert_iteration.policy_reader import PolicyReader
+    from expert_iteration.prompt_stream import PromptStream
     from expert_iteration.reference_update import LoadableReference, ReferenceUpdater
     from expert_iteration.replay_buffer import BufferReader
     from expert_iteration.sampler import RewardPrioritizedSampler
@@ -88,8 +91,10 @@ __all__ = [
     "make_collector",
     "make_env",
     "make_evaluator",
+    "make_judge",
     "make_learner",
     "make_policy_reader",
+    "make_prompts",
     "make_reference_updater",
     "make_replay_buffer",
     "make_sampler",
@@ -212,7 +217,7 @@ def log_training_metrics(
 
 def get_tokenizer(cfg: Config) -> Any:
     """The tokenizer of the start model, with its chat template."""
-    return load_tokenizer(model_path(cfg), cfg.model.trust_remote_code)
+    return load_tokenizer(model_path(cfg), cfg.model.trust_remote_code, cfg.model.chat_template)
 
 
 def get_hf_model(
@@ -291,6 +296,7 @@ def make_engine(cfg: Config, allocation: DeviceAllocation) -> Engine:
             batch_size=cfg.env.num_envs,
             device="cuda" if allocation["inference_model_devices"] else "cpu",
             trust_remote_code=trust,
+            chat_template=cfg.model.chat_template,
             lora=lora,
         )
     from expert_iteration.gpu_transport import Way, choose_way
@@ -304,6 +310,7 @@ def make_engine(cfg: Config, allocation: DeviceAllocation) -> Engine:
         cfg.inference_model,
         seed=derive_seed(cfg.seed, "engine"),
         trust_remote_code=trust,
+        chat_template=cfg.model.chat_template,
         lora=lora,
         weight_backend=way.value if is_sent_to else None,
         sleeps=allocation["sleeps"],
@@ -339,17 +346,48 @@ def get_ref_model(cfg: Config, places: Places, run_dir: Path) -> ReferenceClient
     return ReferenceClient(actors) if actors else None
 
 
-def make_env(cfg: Config, task: Task, tokenizer: Any, first_group: int = 0) -> DatasetChatEnv:
-    """The chat environment of the task, from the `first_group`-th prompt on; edit it to add transforms of your own."""
+def make_prompts(cfg: Config, task: Task, state: Mapping[str, Any] | None = None) -> PromptStream:
+    """The stream of training prompts, from its `state_dict` on if given."""
+    from expert_iteration.prompt_stream import PromptStream
+
+    return PromptStream(
+        task.train,
+        derive_seed(cfg.seed, "data"),
+        shuffle=cfg.env.shuffle,
+        skip_solved=cfg.env.skip_solved,
+        skip_hopeless_after=cfg.env.skip_hopeless_after,
+        state=state,
+    )
+
+
+def make_judge(cfg: Config, task: Task) -> Judge:
+    """What says which reward responses deserve, and which are right."""
+    from expert_iteration.judging import Judge
+
+    return Judge(task, pass_threshold=cfg.reward.pass_threshold, workers=cfg.reward.workers, timeout=cfg.reward.timeout)
+
+
+def make_env(
+    cfg: Config, task: Task, tokenizer: Any, prompts: PromptStream | None = None, judge: Judge | None = None
+) -> DatasetChatEnv:
+    """The chat environment of the task; edit it to add transforms of your own.
+
+    Args:
+        cfg: sizes, and what prompts and judge are made of where they are not given.
+        task: how prompts are put.
+        tokenizer: of the model, with its chat template.
+        prompts: from `make_prompts`.
+        judge: from `make_judge`.
+    """
     from expert_iteration.environment import make_task_env
 
     return make_task_env(
         task,
         tokenizer,
+        prompts or make_prompts(cfg, task),
+        judge or make_judge(cfg, task),
         num_envs=derive_sizes(cfg).num_envs,
         repeats=cfg.env.repeats,
-        seed=derive_seed(cfg.seed, "data"),
-        first_group=first_group,
     )
 
 
@@ -463,8 +501,12 @@ def make_collector(
     tokenizer = get_tokenizer(cfg)
     sizes = derive_sizes(cfg)
     inference = cfg.inference_model
+    prompts = make_prompts(cfg, task, None if state is None else state["prompts"])
+    judge = make_judge(cfg, task)
     return ExpertCollector(
-        make_env=partial(make_env, cfg, task, tokenizer),
+        make_env=partial(make_env, cfg, task, tokenizer, prompts, judge),
+        prompts=prompts,
+        judge=judge,
         policy=EnginePolicy(
             engine,
             tokenizer,
@@ -476,7 +518,17 @@ def make_collector(
             cfg.env.repeats,
             cfg.train.topk_size,
             group_key="group_id",
+            text_key=("text", "response"),
+            tokens_key=("tokens", "response"),
+            correct_key=("next", "correct"),
             selection=cfg.train.selection.value,
+            threshold=cfg.train.selection_threshold,
+            percentile=cfg.train.selection_percentile,
+            percentile_end=cfg.train.selection_percentile_end,
+            num_groups=sizes.num_batches * sizes.groups_per_batch,
+            ties=cfg.train.selection_ties.value,
+            dedup=cfg.train.dedup,
+            min_reward=cfg.train.min_reward,
             seed=derive_seed(cfg.seed, "selection"),
         ),
         retrieve_log_prob=None if reference is None else RetrieveLogProb(reference.score),
@@ -700,6 +752,7 @@ def make_evaluator(
         engine,
         tokenizer,
         task,
+        make_judge(cfg, task),
         Sampling(
             max_tokens=cfg.inference_model.max_tokens,
             temperature=cfg.eval.temperature,

@@ -6,11 +6,12 @@ start at once, before the training process has loaded its own.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from expert_iteration import timeline
@@ -32,6 +33,7 @@ class CollectedBatch:
     total_dialog_turns: int
     responses_kept: int  # of this batch
     samples: list[dict[str, Any]]  # a few groups, in the form of samples.jsonl
+    notes: list[str] = field(default_factory=list)  # what the user is to be told
     is_resumed: bool = False  # whether a run before this one has begun to train on it
 
     @property
@@ -53,6 +55,7 @@ class CollectorActor:
         redirect_output(log_path)
         timeline.record_to(timeline_path)
         self._collector = make_collector()
+        atexit.register(self._collector.close)
 
     def collect(self) -> None:
         """See `ExpertCollector.collect`."""
@@ -107,6 +110,8 @@ class CollectorClient:
                 self._waiting.wait(self._collecting, since, kept_nothing(num_empty))
             get_from("collector", self._collecting)
             batch = get_from("collector", self._actor.write.remote(self._replay_buffer))
+            for note in batch.notes:
+                self._waiting.say(note)
             self._collecting, self._current = None, batch
             self._num_written += 1
             self._overlap_next()
@@ -182,6 +187,8 @@ class BackgroundCollector:
         while self._calls and ray.wait([self._calls[0]], timeout=0)[0]:
             self.latest = get_from("collector", self._calls.popleft())
             batches.append(self.latest)
+        for note in [note for batch in batches for note in batch.notes]:
+            self.say(note)
         return batches
 
     def go_on(self, worked_off: int) -> None:
@@ -234,7 +241,8 @@ def kept_nothing(num_batches: int) -> str | None:
         return None
     return (
         f"{num_batches} batches came meanwhile and none of their responses was kept (selection/* in metrics.jsonl). A "
-        "finer reward, more env.repeats or other prompts tell responses apart"
+        "finer reward, more env.repeats or other prompts tell responses apart; where most are right, train.selection="
+        "topk or threshold keeps some; a lower train.min_reward keeps more"
     )
 
 

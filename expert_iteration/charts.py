@@ -14,6 +14,7 @@ from expert_iteration.report_series import (
     ACCEPTED,
     COLLECT_SPEED,
     GROUPS_EQUAL,
+    PASS_RATES,
     Point,
     Series,
     running_mean,
@@ -26,6 +27,7 @@ MAX_MARKED_POINTS = 40
 
 # Two curves differ in colour (also to colour-blind readers), dash and marker.
 COLORS, DASHES, MARKERS = ("#1f5fa8", "#c8590c"), ("-", "--"), (("o", "●"), ("s", "■"))
+BANDS = ("#7f2704", "#d9752b", "#f3c27a", "#b9d3e8", "#5b94c6", "#123f7a")  # from bad to good, dark at both ends
 FAINT = 0.3  # opacity of the numbers as they were logged, behind their smoothed curve
 CHART_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -54,12 +56,14 @@ class Chart:
     if_constant: bool = True  # whether it is worth its place when nothing in it changes
     if_single: bool = True  # and when it has a single point
     is_smoothed: bool = True  # whether what is drawn strongly is a running mean
+    is_stacked: bool = False  # whether curves are bands on top of each other, parts of a whole
     errors: Mapping[str, str] = field(default_factory=dict)  # metrics that are the standard errors of others
 
 
 ACCURACY = {"eval/pass@1": "pass@1 (sampled)", "eval/greedy": "greedy"}
 LOSSES = {"train/loss": "total", "train/loss_sft": "imitation (SFT)"}
 SELECTION = {ACCEPTED: "responses kept", GROUPS_EQUAL: "groups of equal rewards"}
+GROUPS = {f"pass_rate/{name}": label for name, label in PASS_RATES.items()}
 AGES = {"train/policy_age": "mean", "train/max_policy_age": "oldest"}
 SPEEDS = {COLLECT_SPEED: "collected", "train/tokens_per_second": "trained, mean so far"}
 KL_COEFFICIENT = {"train/kl_to_ref_coeff": "coefficient"}
@@ -90,6 +94,7 @@ CHARTS = (
         if_constant=False,
     ),
     Chart("Selection", "share of a batch", SELECTION, OVER_BATCHES, (0.0, 1.0)),
+    Chart("Groups by share of right responses", "share of groups", GROUPS, OVER_BATCHES, (0.0, 1.0), is_stacked=True),
     Chart("Age of trained responses", "weight pushes", AGES, OVER_STEPS, (0.0, None), if_constant=False),
     Chart("Throughput", "tokens per second", SPEEDS, OVER_STEPS, (0.0, None)),
     Chart("KL coefficient", "weight in the loss", KL_COEFFICIENT, OVER_STEPS, if_constant=False, is_smoothed=False),
@@ -127,12 +132,7 @@ def draw(chart: Chart, series: Series) -> Figure:
         from matplotlib.ticker import MaxNLocator
 
         axes = canvas.subplots()
-        curves = []
-        for index, (name, label) in enumerate(chart.curves.items()):
-            points = series.get(name)
-            if points:
-                curves.append(_plot(axes, chart, points, index, label))
-                _plot_errors(axes, points, series.get(chart.errors.get(name, ""), ()), index)
+        curves = _stack(axes, chart, series) if chart.is_stacked else _plot_all(axes, chart, series)
         if not curves:
             return Figure(chart, [], "")
         axes.set(xlabel=chart.over, ylabel=chart.unit)
@@ -168,6 +168,36 @@ def _is_worth_its_place(chart: Chart, series: Series) -> bool:
     curves = [series.get(name, ()) for name in chart.curves]
     varies = any(len({point.value for point in points}) > 1 for points in curves)
     return (chart.if_constant or varies) and (chart.if_single or max(map(len, curves)) != 1)
+
+
+def _stack(axes: Any, chart: Chart, series: Series) -> list[Curve]:
+    """Draw all metrics of a chart as bands on top of each other, the first at the bottom; none where one is missing."""
+    curves = [series.get(name, ()) for name in chart.curves]
+    if min(map(len, curves)) == 0:
+        return []
+    size = math.ceil(len(curves[0]) / MAX_POINTS)
+    places = thin(range(1, len(curves[0]) + 1), size)
+    smooth = [running_mean([point.value for point in points]) for points in curves]
+    width = smooth[0][1]
+    bands = [thin(means, size) for means, _ in smooth]
+    if len(places) == 1:  # a band of no width would not be seen
+        places, bands = [places[0] - 0.5, places[0] + 0.5], [band * 2 for band in bands]
+    axes.stackplot(places, bands, colors=BANDS, linewidth=0)
+    return [
+        Curve(label, color, MARKERS[1][1], band[0], band[-1], max(size, width))
+        for label, color, band in zip(chart.curves.values(), BANDS, bands, strict=True)
+    ]
+
+
+def _plot_all(axes: Any, chart: Chart, series: Series) -> list[Curve]:
+    """Draw each metric of a chart that has numbers as a curve."""
+    curves = []
+    for index, (name, label) in enumerate(chart.curves.items()):
+        points = series.get(name)
+        if points:
+            curves.append(_plot(axes, chart, points, index, label))
+            _plot_errors(axes, points, series.get(chart.errors.get(name, ""), ()), index)
+    return curves
 
 
 def _plot(axes: Any, chart: Chart, points: Sequence[Point], index: int, label: str) -> Curve:

@@ -23,7 +23,7 @@ from expert_iteration.errors import UserError
 from expert_iteration.run_directory import write_whole
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"checkpoint_(\d+)")
 
 

@@ -20,7 +20,9 @@ from torchrl.collectors.llm import LLMCollector
 from expert_iteration import timeline
 from expert_iteration.actors import BackgroundCollector, CollectedBatch
 from expert_iteration.expert_set import ExpertSetWriter, Record
+from expert_iteration.judging import Judge
 from expert_iteration.policy import EnginePolicy
+from expert_iteration.prompt_stream import PromptStream
 from expert_iteration.random_state import random_state, set_random_state
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.row_keys import RESPONSE_ID_KEY, ROLLOUT_KEYS
@@ -51,7 +53,9 @@ class ExpertCollector:
     """Gathers batches of responses and writes the best into the buffer.
 
     Args:
-        make_env: builds the environment (in this process: environments do not travel).
+        make_env: builds the environment on the prompts (in this process: environments do not travel).
+        prompts: the stream of prompts, told of each group's outcome.
+        judge: of the environment; asked for the statistics of each batch.
         policy: generates.
         selector: keeps the best of each group.
         retrieve_log_prob: scores what is kept with the reference; None: rows are written without its log-probs.
@@ -60,13 +64,16 @@ class ExpertCollector:
         num_batches: batches in the run.
         num_sample_groups: groups reported with each batch.
         expert_set: where what is kept is written too; None: nowhere.
-        state: from `state_dict` of an earlier collector, to go on where it stood; None: from the beginning.
+        state: from `state_dict` of an earlier collector, to go on where it stood (with prompts that do); None: from the
+            beginning.
     """
 
     def __init__(
         self,
         *,
-        make_env: Callable[..., Any],
+        make_env: Callable[[], Any],
+        prompts: PromptStream,
+        judge: Judge,
         policy: EnginePolicy,
         selector: TopKRewardSelector,
         retrieve_log_prob: RetrieveLogProb | None,
@@ -77,6 +84,8 @@ class ExpertCollector:
         expert_set: ExpertSetWriter | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
+        self._prompts = prompts
+        self._judge = judge
         self._policy = policy
         self._selector = selector
         self._retrieve_log_prob = retrieve_log_prob
@@ -85,14 +94,14 @@ class ExpertCollector:
         self._num_batches = num_batches
         self._num_sample_groups = num_sample_groups
         self._expert_set = expert_set
-        self._turns = self._empty_batches = self._responses_kept = self._next_group = 0
+        self._turns = self._empty_batches = self._responses_kept = 0
         self._num_written = 0
         # As many as may lie in the buffer before the trainer has heard of them.
         self._last_written: deque[dict[str, Any]] = deque(maxlen=BackgroundCollector.QUEUED)
         self._pending: tuple[TensorDictBase | None, list[Record], CollectedBatch] | None = None
         if state is not None:
             self._load_state_dict(state)
-        env = make_env(first_group=self._next_group)
+        env = make_env()
         self._collector = LLMCollector(
             env,
             policy=policy,
@@ -120,12 +129,13 @@ class ExpertCollector:
             with timeline.span(timeline.REFERENCE):
                 kept = self._retrieve_log_prob(kept)
         self._turns += len(batch)
-        self._next_group = 1 + max(int(row["group_id"]) for row in batch.unbind(0))
+        self._finish_groups(batch)
         summary = CollectedBatch(
             dialog_turns=self._turns,
             total_dialog_turns=self._num_batches * self._dialog_turns_per_batch,
             responses_kept=0 if kept is None else len(kept),
             samples=_sample_groups(batch, selected, self._num_sample_groups),
+            notes=self._judge.take_notes(),
         )
         self._empty_batches += summary.responses_kept == 0
         self._postproc.send(
@@ -134,6 +144,8 @@ class ExpertCollector:
                 "selection/batch_kept": summary.responses_kept,
                 "selection/empty_batches": self._empty_batches,
                 "collector/dialog_turns": self._turns,
+                "collector/prompts_skipped": self._prompts.num_skipped,
+                **{f"collector/{name}": value for name, value in self._judge.take_statistics().items()},
                 "collector/time/collect": time.monotonic() - start,
             }
         )
@@ -157,6 +169,10 @@ class ExpertCollector:
             replay_buffer.write_batch(rows, self.state_dict())
         return summary
 
+    def close(self) -> None:
+        """End what judges; nothing can be collected any more."""
+        self._judge.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Where collection stands after a batch was written, in types that `torch.load` trusts.
 
@@ -168,7 +184,7 @@ class ExpertCollector:
             "turns": self._turns,
             "empty_batches": self._empty_batches,
             "responses_kept": self._responses_kept,
-            "next_group": self._next_group,
+            "prompts": self._prompts.state_dict(),
             "engine_calls": self._policy.calls,
             "records": self._postproc.state_dict(),
             "selector": self._selector.get_extra_state(),
@@ -179,10 +195,17 @@ class ExpertCollector:
         self._num_written = state["num_written"]
         self._last_written.extend(state["last_written"])
         self._turns, self._empty_batches = state["turns"], state["empty_batches"]
-        self._responses_kept, self._next_group = state["responses_kept"], state["next_group"]
+        self._responses_kept = state["responses_kept"]
         self._policy.calls = state["engine_calls"]
         self._postproc.load_state_dict(state["records"])
         self._selector.set_extra_state(state["selector"])
+
+    def _finish_groups(self, batch: TensorDictBase) -> None:
+        right: dict[int, list[bool]] = {}
+        for row in batch.unbind(0):
+            right.setdefault(int(row["group_id"]), []).append(row["next", "correct"].item())
+        for group_id, group in right.items():
+            self._prompts.finish(group_id, sum(group), len(group))
 
     def _describe(self, batch: TensorDictBase, selected: TensorDictBase | None) -> list[Record]:
         """What the expert set says of the kept rows; nothing where there is no set."""

@@ -44,13 +44,44 @@ class Dataset(StrEnum):
     tiny = "tiny"
     gsm8k = "gsm8k"
     ifeval = "ifeval"
+    math = "math"
+    countdown = "countdown"
+    custom = "custom"
 
 
 class Selection(StrEnum):
-    """Which responses of a group are kept."""
+    """Which responses are kept."""
 
     above_median = "above_median"
+    topk = "topk"
+    threshold = "threshold"
+    percentile = "percentile"
     random = "random"
+
+
+class Ties(StrEnum):
+    """Which of equal rewards are kept where there is no room for all."""
+
+    first = "first"
+    shortest = "shortest"
+    random = "random"
+
+
+class AnswerMode(StrEnum):
+    """Where in a response to a problem with a number its answer is looked for."""
+
+    auto = "auto"
+    answer_tag = "answer_tag"
+    hash = "hash"
+    boxed = "boxed"
+    last_number = "last_number"
+
+
+class OpenAIKind(StrEnum):
+    """What is served at `reward.openai_url`."""
+
+    judge = "judge"
+    reward_model = "reward_model"
 
 
 class KLScheduleType(StrEnum):
@@ -141,9 +172,31 @@ class EnvConfig:
     """The task, and how it is sampled."""
 
     dataset: Dataset
-    """The task: prompts, ground truths and reward."""
+    """The task: prompts, ground truths and reward; `custom` has only what you give it."""
+    dataset_name: str | None
+    """A data set on the hub with the task's columns, in place of the task's own; null: that."""
+    dataset_config: str | None
+    """Which configuration of the hub's data set; null: the task's own, or the only one."""
     dataset_path: str | None
-    """A local file or folder with the task's data; null: the task's own source (hub name or built in)."""
+    """A local file or folder with the task's data; null: the hub, or what the task generates."""
+    split: str | None
+    """The split that is trained on; null: `train`, or the only one beside that for evaluation."""
+    eval_split: str | None
+    """The split of held-out prompts; null: `test`, or prompts taken out of training where there is none."""
+    prompt_column: str | None
+    """The column with the user's turn; null: the task's own (`custom`: `prompt` or `question`)."""
+    answer_column: str | None
+    """The column with the ground truth; null: the task's own (`custom`: none)."""
+    system_prompt: str | None
+    """Takes the place of the task's; empty: none; null: the task's own."""
+    max_prompts: int | None
+    """Training prompts at most, drawn by the seed (with `shuffle=false` the first); null: all."""
+    shuffle: bool
+    """Whether each pass over the prompts has an order of its own; false: that of the data."""
+    skip_solved: int
+    """Visits for which a prompt is left out once all responses of a visit solved it; 0: none."""
+    skip_hopeless_after: int | None
+    """So many visits in a row without a right response count as solved for `skip_solved`; null: never."""
     num_envs: int
     """Responses asked of the engine at once, and responses scored at once by the reference; capped at the batch."""
     repeats: int
@@ -154,8 +207,34 @@ class EnvConfig:
 class RewardConfig:
     """How responses are scored."""
 
-    fn: str | None
-    """`package.module:function` or `file.py:function` in place of the task's own reward; null: the task's own."""
+    fn: Any
+    """In place of the task's own reward: a built-in one by name, `package.module:function` or `file.py:function`, or
+    a list of such, which are summed; null: the task's own, or with `openai_url` what is served there."""
+    weights: list[float] | None
+    """Of the functions that `fn` lists, in their order; null: 1 each."""
+    answer_mode: AnswerMode
+    """Where gsm8k, and custom data with an answer column, look for a response's answer."""
+    pass_threshold: float | None
+    """A response counts as right if its reward is at least this; null: as the task says (custom data without answers:
+    1)."""
+    workers: int
+    """Processes that score responses one by one, within `timeout`; 0: the collector's own process, without a limit."""
+    timeout: float
+    """Seconds that a worker may take for a response."""
+    openai_url: str | None
+    """Address of an OpenAI-compatible server, up to `/v1`; null: none."""
+    openai_model: str | None
+    """The name under which it serves the model; null: the only one it has."""
+    openai_kind: OpenAIKind
+    """`judge`: a chat model that is asked for a score; `reward_model`: a model whose output is the reward."""
+    openai_prompt: str | None
+    """A file with the judge's instructions; null: the built-in ones."""
+    openai_concurrency: int
+    """Requests in flight at once."""
+    openai_retries: int
+    """Further tries of a request that failed."""
+    openai_timeout: float
+    """Seconds that a request may take."""
 
 
 @dataclass
@@ -164,6 +243,9 @@ class ModelConfig:
 
     name: str
     """A hub id, a path (begins with `/`, `.` or `~`), or `tiny`, the model that the suite builds itself."""
+    chat_template: str | None
+    """A file with a Jinja template, or the name of one of the tokenizer's own templates; null: the tokenizer's default,
+    or a plain one where it has none."""
     compile: bool
     """Whether the forward pass of training is compiled."""
     trust_remote_code: bool
@@ -199,8 +281,22 @@ class TrainConfig:
     topk_size: int
     """At most so many responses of a group are kept."""
     selection: Selection
-    """`above_median`: the best, strictly above the group's lower median; `random`: as many, from the same groups, and
-    drawn evenly for training."""
+    """`above_median`: the best, strictly above the group's lower median; `topk`: the best of a group that is not all
+    equal; `threshold`: those that reach `selection_threshold`; `percentile`: those that reach a percentile of the
+    batch; `random`: as many as `above_median`, from the same groups, and drawn evenly for training. Never more than
+    `topk_size` of a group."""
+    selection_threshold: float
+    """The reward that `threshold` asks for."""
+    selection_percentile: float
+    """The percentile that `percentile` asks for at the start of the run, from 0 to below 100."""
+    selection_percentile_end: float
+    """The same at its end; in between it follows the run's progress."""
+    selection_ties: Ties
+    """Which of equal rewards are kept: the `first` to come, the `shortest`, or at `random`."""
+    dedup: bool
+    """Whether of responses of a group with the same text, up to case and white space, only one can be kept."""
+    min_reward: float | None
+    """Responses below are never kept, whatever the selection; null: no limit."""
     buffer_size: int | None
     """Responses that the buffer holds; null: one batch of kept responses in sync mode (the whole run's, where they
     accumulate), 256 (or a batch's kept responses if they are more) in async mode, where new responses take the places

@@ -10,12 +10,14 @@ from typing import NamedTuple
 from expert_iteration.accelerators import count_accelerators
 from expert_iteration.config import (
     Config,
+    Dataset,
     Device,
     InferenceBackend,
     KLScheduleType,
     LoggingBackend,
     LoggingMode,
     LossFunction,
+    OpenAIKind,
     OptimizerName,
     Selection,
     accumulates_expert_set,
@@ -27,6 +29,8 @@ from expert_iteration.config import (
 from expert_iteration.config import SchedulerType as Shape
 from expert_iteration.hub import BUILT_IN
 from expert_iteration.keys import free_sections, is_for_sampling, is_for_training, leaf_keys
+from expert_iteration.reward_sum import OPENAI, named_functions
+from expert_iteration.sources import has_answer_modes, is_generated
 
 
 class Idle(NamedTuple):
@@ -59,6 +63,10 @@ def _on_cpu(cfg: Config) -> bool:
     return cfg.device is Device.cpu or (cfg.device is Device.auto and is_local(cfg) and count_accelerators() == 0)
 
 
+def _is_judged_by_server(cfg: Config) -> bool:
+    return OPENAI in named_functions(cfg.reward)
+
+
 def _is_emptied_buffer(cfg: Config) -> bool:
     return empties_buffer(cfg) and cfg.train.buffer_size is not None
 
@@ -72,6 +80,11 @@ def _never_ages(cfg: Config) -> bool:
     return empties_buffer(cfg) and pushes_before_collecting(cfg)
 
 
+def _given_where(name: str, holds: Callable[[Config], bool]) -> Callable[[Config], bool]:
+    """Whether `env.<name>` has a value, as null is no wish, where `holds`."""
+    return lambda cfg: vars(cfg.env)[name] is not None and holds(cfg)
+
+
 def _rows_of(keys: tuple[str, ...], holds: Callable[[Config], bool], reason: str) -> list[Idle]:
     return [Idle(key, holds, reason) for key in keys]
 
@@ -83,8 +96,12 @@ TRAINING_KEYS = tuple(
 NEEDED_TO_SAMPLE = tuple(key for key in leaf_keys() if is_for_sampling(key))
 PRIORITY_KEYS = tuple(f"train.prioritized_sampling_{name}" for name in ("alpha", "beta", "epsilon"))
 SCHEDULER_KEYS = tuple(f"optimizer.scheduler.{name}" for name in ("type", "warmup_steps", "num_cycles"))
+COLUMN_KEYS = ("prompt_column", "answer_column")
 WANDB_KEYS = tuple(f"logging.{name}" for name in ("project", "entity", "group", "tags", "experiment_name"))
 TINY_KEYS = ("tiny.model_seed", "tiny.cache_dir")
+OPENAI_KEYS = tuple(
+    f"reward.openai_{name}" for name in ("model", "kind", "prompt", "concurrency", "retries", "timeout")
+)
 LORA_KEYS = tuple(f"train_model.lora.{name}" for name in ("r", "alpha", "dropout"))
 VLLM_KEYS = tuple(
     f"inference_model.{name}" for name in ("gpu_memory_utilization", "enforce_eager", "enable_prefix_caching")
@@ -109,6 +126,67 @@ TABLE: tuple[Idle, ...] = (
         "expert_set.token_ids",
         lambda cfg: not cfg.expert_set.save,
         "expert_set.save=false writes nothing.",
+    ),
+    *(
+        Idle(
+            f"env.{name}",
+            _given_where(name, is_generated),
+            "the task makes its own problems, unless env.dataset_path or env.dataset_name gives others.",
+        )
+        for name in ("dataset_config", "split", "eval_split", *COLUMN_KEYS)
+    ),
+    *(
+        Idle(
+            f"env.{name}",
+            _given_where(name, lambda cfg: cfg.env.dataset is Dataset.countdown),
+            "env.dataset=countdown makes its prompts of the columns nums and target.",
+        )
+        for name in COLUMN_KEYS
+    ),
+    Idle(
+        "env.answer_column",
+        _given_where("answer_column", lambda cfg: cfg.env.dataset is Dataset.ifeval),
+        "env.dataset=ifeval has instructions to follow, and no answers.",
+    ),
+    Idle(
+        "env.dataset_config",
+        _given_where("dataset_config", lambda cfg: cfg.env.dataset_path is not None),
+        "env.dataset_path is read in place of a data set of the hub.",
+    ),
+    Idle(
+        "reward.answer_mode",
+        lambda cfg: not has_answer_modes(cfg),
+        "only gsm8k, and custom with env.answer_column, take an answer in several forms.",
+    ),
+    Idle(
+        "env.skip_hopeless_after",
+        lambda cfg: cfg.env.skip_hopeless_after is not None and cfg.env.skip_solved == 0,
+        "env.skip_solved=0 leaves no prompt out.",
+    ),
+    Idle(
+        "reward.timeout",
+        lambda cfg: cfg.reward.workers == 0,
+        "reward.workers=0 judges in the collector's own process, without a limit of time.",
+    ),
+    Idle(
+        "reward.openai_url",
+        lambda cfg: cfg.reward.openai_url is not None and not _is_judged_by_server(cfg),
+        "reward.fn is given and names no openai.",
+    ),
+    *_rows_of(
+        OPENAI_KEYS,
+        lambda cfg: not _is_judged_by_server(cfg),
+        "it is for a server's judge or reward model: reward.openai_url, with reward.fn null or naming openai.",
+    ),
+    Idle(
+        "reward.openai_prompt",
+        lambda cfg: cfg.reward.openai_kind is OpenAIKind.reward_model,
+        "reward.openai_kind=reward_model is asked nothing in words.",
+    ),
+    Idle(
+        "reward.openai_concurrency",
+        lambda cfg: cfg.reward.workers > 0,
+        "each of reward.workers asks for one response at a time.",
     ),
     Idle(
         "train.stop_patience",
@@ -169,6 +247,36 @@ TABLE: tuple[Idle, ...] = (
         ("train.prioritized_sampling", *PRIORITY_KEYS),
         lambda cfg: cfg.train.selection is Selection.random,
         "train.selection=random, the control, is drawn evenly too: by reward it would be selected after all.",
+    ),
+    Idle(
+        "train.selection_threshold",
+        lambda cfg: cfg.train.selection is not Selection.threshold,
+        "only train.selection=threshold has one.",
+    ),
+    Idle(
+        "train.selection_threshold",
+        lambda cfg: cfg.train.min_reward is not None and cfg.train.min_reward > cfg.train.selection_threshold,
+        "train.min_reward, which is higher, decides.",
+    ),
+    Idle(
+        "train.min_reward",
+        lambda cfg: (
+            cfg.train.min_reward is not None
+            and cfg.train.selection is Selection.threshold
+            and cfg.train.min_reward <= cfg.train.selection_threshold
+        ),
+        "train.selection_threshold, which is no less, decides.",
+    ),
+    *_rows_of(
+        ("train.selection_percentile", "train.selection_percentile_end"),
+        lambda cfg: cfg.train.selection is not Selection.percentile,
+        "only train.selection=percentile has one.",
+    ),
+    Idle(
+        "train.selection_ties",
+        # With train.dedup they decide which of a response's copies stays.
+        lambda cfg: cfg.train.selection is Selection.random and not cfg.train.dedup,
+        "train.selection=random draws whatever the rewards, so there are no ties.",
     ),
     *_rows_of(
         PRIORITY_KEYS[1:],

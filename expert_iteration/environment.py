@@ -1,71 +1,51 @@
 """The chat environment: prompts are drawn, each is repeated into a group, responses are scored.
 
 TorchRL's `DatasetChatEnv` in text mode with two parts of ours: the stream of prompts, which gives each group its
-identity, and the reward transform.
+identity (`prompt_stream.py`), and the transform that has responses judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch.utils.data import DataLoader, IterableDataset
-from torchrl.data import Composite, Unbounded
+from torch.utils.data import DataLoader
+from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs.llm import DatasetChatEnv
 from torchrl.envs.transforms import Transform
 
-from expert_iteration.seeds import derive_seed
-from expert_iteration.tasks import Problem, RewardFn, Task
-
-
-class PromptStream(IterableDataset):
-    """Endless prompts: every problem once an epoch, in a new order each epoch.
-
-    Yields `query` (str), `prompt_index` (the row in `problems`) and `group_id`, which counts the draws: a problem drawn
-    again is a new group.
-
-    Args:
-        problems: what is drawn from.
-        seed: of the orders.
-        first_group: draws to leave out, which an earlier run has made.
-    """
-
-    def __init__(self, problems: Sequence[Problem], seed: int, first_group: int = 0) -> None:
-        self._problems = problems
-        self._seed = seed
-        self._first_group = first_group
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        group_id = self._first_group
-        epoch, start = divmod(group_id, len(self._problems))
-        while True:
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, "prompts", epoch))
-            for index in torch.randperm(len(self._problems), generator=generator).tolist()[start:]:
-                yield {"query": self._problems[index].question, "prompt_index": index, "group_id": group_id}
-                group_id += 1
-            epoch, start = epoch + 1, 0
+from expert_iteration.judging import Judge
+from expert_iteration.prompt_stream import PromptStream
+from expert_iteration.tasks import Problem, Task
 
 
 class TaskReward(Transform):
-    """Scores responses with the task's reward and ends the dialog after its one turn.
+    """Has responses judged and ends the dialog after its one turn.
 
-    Writes `reward` (float32, `[num_envs, 1]`) and sets `done` and `terminated`.
+    Writes `reward` (float32, `[num_envs, 1]`) and `correct` (bool, `[num_envs, 1]`), and sets `done` and `terminated`.
     """
 
-    def __init__(self, problems: Sequence[Problem], reward: RewardFn) -> None:
-        super().__init__(in_keys=[("text", "response"), "prompt_index"], out_keys=["reward"])
+    def __init__(self, problems: Sequence[Problem], judge: Judge) -> None:
+        super().__init__(in_keys=[("text", "response"), "prompt_index"], out_keys=["reward", "correct"])
         self._problems = problems
-        self._reward = reward
+        self._judge = judge
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         rows = tensordict.unbind(0)
         problems = [self._problems[int(row["prompt_index"])] for row in rows]
-        rewards = self._reward(problems, [row["text", "response"] for row in rows])
-        reward = torch.tensor(rewards, dtype=torch.float32).unsqueeze(-1)
-        done = torch.ones_like(reward, dtype=torch.bool)
-        return next_tensordict.set("reward", reward).set("done", done).set("terminated", done.clone())
+        judgements = self._judge(problems, [row["text", "response"] for row in rows])
+        reward = torch.tensor([judgement.reward for judgement in judgements], dtype=torch.float32).unsqueeze(-1)
+        correct = torch.tensor([judgement.correct for judgement in judgements]).unsqueeze(-1)
+        done = torch.ones_like(correct)
+        next_tensordict.set("reward", reward).set("correct", correct)
+        return next_tensordict.set("done", done).set("terminated", done.clone())
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Whether a response is right."""
+        observation_spec["correct"] = Binary(shape=(*self.parent.batch_size, 1), dtype=torch.bool)
+        return observation_spec
 
     def transform_reward_spec(self, reward_spec: Composite) -> Composite:
         """One unbounded reward a response."""
@@ -74,15 +54,15 @@ class TaskReward(Transform):
 
 
 def make_task_env(
-    task: Task, tokenizer: Any, *, num_envs: int, repeats: int, seed: int, first_group: int = 0
+    task: Task, tokenizer: Any, prompts: PromptStream, judge: Judge, *, num_envs: int, repeats: int
 ) -> DatasetChatEnv:
-    """The environment of a task: `num_envs` dialogs at once, `repeats` of each prompt, from the `first_group`-th on.
+    """The environment of a task: `num_envs` dialogs at once, `repeats` of each of the prompts.
 
     Text mode: TorchRL's history mode spends three times vLLM's own time on copying chat objects (256 responses of 18
     tokens), and its tokens mode cannot hold prompts of different lengths.
     """
     # The environment repeats and batches by itself, so the loader hands out single prompts.
-    loader = DataLoader(PromptStream(task.train, seed, first_group), batch_size=1, collate_fn=_collate)
+    loader = DataLoader(prompts, batch_size=1, collate_fn=_collate)
     env = DatasetChatEnv.from_dataloader(
         loader,
         repeats=repeats,
@@ -93,7 +73,7 @@ def make_task_env(
         template_kwargs={"chat_template": tokenizer.chat_template},
         input_mode="text",
     )
-    return env.append_transform(TaskReward(task.train, task.reward))
+    return env.append_transform(TaskReward(task.train, judge))
 
 
 def _collate(items: list[dict[str, Any]]) -> TensorDict:

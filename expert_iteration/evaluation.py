@@ -9,9 +9,10 @@ from torchrl._utils import timeit
 
 from expert_iteration import timeline
 from expert_iteration.best import Best
+from expert_iteration.chat_template import chat_prompt_ids
 from expert_iteration.engine import Completion, Sampling
 from expert_iteration.figures import Judged, compute_figures
-from expert_iteration.models import chat_prompt_ids
+from expert_iteration.judging import Judge
 from expert_iteration.seeds import derive_seed
 from expert_iteration.tasks import Problem, Task
 
@@ -33,7 +34,8 @@ class Evaluator:
     Args:
         engine: the client of the engine.
         tokenizer: of the model, with its chat template.
-        task: held-out problems, reward, and what counts as correct and as well-formed.
+        task: held-out problems, what counts as well-formed, and further figures where it has any.
+        judge: says what responses are worth, and which are right.
         sampled: how to sample; `num_samples` responses a problem.
         k: of `pass@k`, at most that many.
         best: compares the evaluations.
@@ -55,6 +57,7 @@ class Evaluator:
         engine: Sampler,
         tokenizer: Any,
         task: Task,
+        judge: Judge,
         sampled: Sampling,
         *,
         k: int,
@@ -68,6 +71,7 @@ class Evaluator:
         self._engine = engine
         self._tokenizer = tokenizer
         self._task = task
+        self._judge_responses = judge
         self._sampled = sampled
         self._greedy = Sampling(max_tokens=sampled.max_tokens, temperature=0.0)
         self._k = k
@@ -113,6 +117,10 @@ class Evaluator:
             self._on_best()
         return figures
 
+    def close(self) -> None:
+        """End what judges; nothing can be evaluated any more."""
+        self._judge_responses.close()
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
         return {
@@ -137,26 +145,40 @@ class Evaluator:
     def _measure(self) -> tuple[dict[str, float], list[list[Judged]]]:
         groups = self._engine.sample(self._prompts, self._sampled, derive_seed(self._seed, "eval"))
         greedy = self._engine.sample(self._prompts, self._greedy, derive_seed(self._seed, "eval", "greedy"))
-        greedy_correct = self._task.correct(self._task.heldout, self._decode([group[0] for group in greedy]))
+        judged_greedy = self._judge_responses(self._task.heldout, self._decode([group[0] for group in greedy]))
+        greedy_failures = self._judge_responses.take_statistics()["reward_failures"]
         judged = self._judge(groups)
-        return compute_figures(judged, greedy_correct, self._k), judged
+        statistics = self._judge_responses.take_statistics()  # components: of the sampled ones only
+        statistics["reward_failures"] += greedy_failures
+        figures = compute_figures(judged, [judgement.correct for judgement in judged_greedy], self._k)
+        return figures | statistics | self._further_figures(judged), judged
+
+    def _further_figures(self, judged: Sequence[Sequence[Judged]]) -> dict[str, float]:
+        if self._task.figures is None:
+            return {}
+        pairs = [
+            (problem, one.text) for problem, group in zip(self._task.heldout, judged, strict=True) for one in group
+        ]
+        return self._task.figures([problem for problem, _ in pairs], [text for _, text in pairs])
 
     def _judge(self, groups: Sequence[Sequence[Completion]]) -> list[list[Judged]]:
         """Of each problem's completions what the task says; it is asked once for all of them."""
         problems = [problem for problem, group in zip(self._task.heldout, groups, strict=True) for _ in group]
         completions = [completion for group in groups for completion in group]
         texts = self._decode(completions)
-        rewards, correct = self._task.reward(problems, texts), self._task.correct(problems, texts)
+        judgements = self._judge_responses(problems, texts)
+        for note in self._judge_responses.take_notes():
+            self._say(note)
         judged = [
             Judged(
                 text=text,
-                reward=reward,
-                correct=is_correct,
+                reward=judgement.reward,
+                correct=judgement.correct,
                 has_format=self._task.has_format(text),
                 num_tokens=len(completion.token_ids),
                 is_truncated=completion.finish_reason == "length",
             )
-            for text, reward, is_correct, completion in zip(texts, rewards, correct, completions, strict=True)
+            for text, judgement, completion in zip(texts, judgements, completions, strict=True)
         ]
         size = self._sampled.num_samples
         return [judged[start : start + size] for start in range(0, len(judged), size)]

@@ -63,8 +63,11 @@ def evaluate_alone(
     error: BaseException | None = None
     try:
         engine.wait_until_ready(screen.say, stop.check)
-        evaluator = ei_utils.make_evaluator(cfg, engine, start.task, ei_utils.get_tokenizer(cfg), metrics)
+        evaluator = ei_utils.make_evaluator(
+            cfg, engine, start.task, ei_utils.get_tokenizer(cfg), metrics, say=screen.say
+        )
         evaluator.evaluate(step=0, pushes=0)
+        evaluator.close()
     except BaseException as raised:
         error = raised
         raise

@@ -53,7 +53,7 @@ class ExpertSetWriter:
 
     Args:
         folder: where the files go; made when there is something to write.
-        task: of the responses; says which are correct.
+        task: of the responses.
         token_ids: whether token ids are written beside the texts.
     """
 
@@ -104,8 +104,7 @@ class ExpertSetWriter:
 
     def _judge(self, group: list[TensorDictBase]) -> Iterator[tuple[TensorDictBase, Record]]:
         """Each row of a group with what the group says of it."""
-        problems = [self._task.train[int(row["prompt_index"])] for row in group]
-        correct = self._task.correct(problems, [row["text", "response"] for row in group])
+        correct = [row["next", "correct"].item() for row in group]
         rewards = [row["next", "reward"].item() for row in group]
         for row, reward, is_correct in zip(group, rewards, correct, strict=True):
             yield (

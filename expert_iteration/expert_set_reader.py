@@ -14,8 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from expert_iteration.chat_template import chat_prompt_ids, end_of_turn_id, load_tokenizer
 from expert_iteration.errors import UserError
-from expert_iteration.models import chat_prompt_ids, context_length, end_of_turn_id, load_tokenizer, model_path
+from expert_iteration.models import context_length, model_path
 from expert_iteration.rows import READERS, first_three
 from expert_iteration.tasks import Task, task_without_problems
 
@@ -152,9 +153,9 @@ def task_of_expert_set(cfg: Config, path: Path) -> tuple[Task, Any, list[str]]:
     Raises:
         UserError: as `read_expert_set`.
     """
-    task = task_without_problems(str(cfg.env.dataset))
+    task = task_without_problems(cfg)
     name, trust = model_path(cfg), cfg.model.trust_remote_code
-    tokenizer = load_tokenizer(name, trust)
+    tokenizer = load_tokenizer(name, trust, cfg.model.chat_template)
     encoder = ExampleEncoder(
         tokenizer,
         system_prompt=task.system_prompt,
@@ -184,7 +185,7 @@ def _read(path: Path) -> Iterator[Any]:
         )
     for file in files:
         try:
-            yield from _read_parquet(file) if file.suffix == ".parquet" else READERS[file.suffix](file)["train"]
+            yield from _read_parquet(file) if file.suffix == ".parquet" else READERS[file.suffix](file)
         except (ValueError, OSError) as error:
             # JSON's, Unicode's and Arrow's errors are ValueErrors.
             raise UserError(f"train.from_expert_set: {file} cannot be read ({error}): mend or remove it.") from error

@@ -1,8 +1,8 @@
 """A policy as an ordinary Hugging Face folder, for others' tools: `last/` of a run, and `best/`.
 
 The folder holds the merged model in the engine's dtype, the tokenizer with its chat template, how to generate, a model
-card, and with LoRA the adapters by themselves, in a folder of their own: `from_pretrained` on a folder that has both
-would apply them twice.
+card, and with LoRA the adapters by themselves with a tokenizer, in a folder of their own: `from_pretrained` on a folder
+that has both would apply them twice.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from expert_iteration import timeline
+from expert_iteration.chat_template import stop_token_ids
 from expert_iteration.checkpoint_files import replacing
 from expert_iteration.config import Config, InferenceModelConfig
 from expert_iteration.errors import UserError
 from expert_iteration.hub import is_hub_id
-from expert_iteration.models import hugging_face_model, model_path, stop_token_ids, without_weights
+from expert_iteration.models import hugging_face_model, model_path, without_weights
 from expert_iteration.policy_reader import PolicyReader
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Exporter:
         )
         if self._cfg.train_model.lora.enabled:
             self._save_adapters(folder / ADAPTERS)
+            _save_tokenizer(self._tokenizer, folder / ADAPTERS)  # without which its chat template would be the base's
 
     def _save_adapters(self, folder: Path) -> None:
         from expert_iteration.lora import ADAPTER, save_adapters

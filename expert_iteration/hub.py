@@ -1,6 +1,7 @@
 """The Hugging Face hub, asked once and quickly, before anything large is loaded."""
 
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,6 +11,7 @@ from expert_iteration.errors import UserError
 
 BUILT_IN = "tiny"
 TIME_LIMIT = 10.0
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a data set
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

@@ -27,7 +27,7 @@ TRAINING_SECTIONS = ("train.", "train_model.", "ref_model.", "optimizer.", "weig
 USED_BY_EVALUATIONS = ("train.sync", "train.sync_iter", "train.collection_timeout")
 ONLY_FOR_TRAINING = (
     "placement",
-    "env.repeats",
+    *(f"env.{name}" for name in ("max_prompts", "repeats", "shuffle", "skip_hopeless_after", "skip_solved")),
     "model.compile",
     "inference_model.include_stop_str_in_output",
     "eval.frequency",
@@ -46,10 +46,14 @@ USED_WITHOUT_ENGINE = (
     *(f"inference_model.{name}" for name in ("max_tokens", "temperature", "top_p")),
 )
 ONLY_FOR_SAMPLING = (
-    *("env.repeats", "env.dataset_path", "ref_model.refresh_every", "train.sync_iter", "train.weight_update_frequency"),
+    *(f"env.{name}" for name in ("dataset_name", "dataset_config", "dataset_path", "split", "eval_split", "repeats")),
+    *(f"env.{name}" for name in ("prompt_column", "answer_column", "max_prompts", "shuffle")),
+    *("env.skip_solved", "env.skip_hopeless_after"),
+    *("ref_model.refresh_every", "train.sync_iter", "train.weight_update_frequency"),
     *("train.dialog_turns_per_batch", "train.total_dialog_turns", "train.topk_size", "train.buffer_size"),
     *("train.empty_replay_buffer", "train.restart_from", "train.accumulate_expert_set", "train.max_policy_age"),
-    *("train.collection_timeout", "train.stop_patience"),
+    *("train.collection_timeout", "train.stop_patience", "train.selection_threshold", "train.selection_percentile"),
+    *("train.selection_percentile_end", "train.selection_ties", "train.dedup", "train.min_reward"),
 )
 NEAR = 0.6  # similarity from which a guess helps more than a list; found by trying misspellings
 

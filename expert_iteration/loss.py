@@ -103,7 +103,8 @@ class SFTLoss(TorchRLSFTLoss):
     Args:
         actor_network: what `token_log_probs` takes, or a TorchRL wrapper around a Hugging Face model.
         tokenizer: gives the pad id and tokenizes histories; default: the wrapper's.
-        tokenizer_kwargs: for `History.apply_chat_template`, for instance {"chat_template_name": "qwen"}.
+        tokenizer_kwargs: for `History.apply_chat_template`, for instance {"chat_template_name": a name of TorchRL's};
+            by default histories are put into the tokenizer's own template.
         reduction: over responses: mean, sum or none (losses of shape [B]).
         normalize_by_seq_length: mean over a response's tokens; sum if False. Holds for both terms.
         kl_to_ref_coeff: weight of the KL term, at least 0. None and 0 mean that there is no such term; `kl_to_ref` is
@@ -238,7 +239,11 @@ class SFTLoss(TorchRLSFTLoss):
 
     def _tokenize_history(self, tensordict: TensorDictBase) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         history = tensordict[self.tensor_keys.history]
-        tokenized = history.apply_chat_template(tokenizer=self.tokenizer, **self.tokenizer_kwargs)
+        kwargs = self.tokenizer_kwargs
+        if not {"chat_template", "chat_template_name"} & kwargs.keys():
+            # TorchRL would otherwise guess a template from the tokenizer's name.
+            kwargs = kwargs | {"chat_template": self.tokenizer.chat_template}
+        tokenized = history.apply_chat_template(tokenizer=self.tokenizer, **kwargs)
         return tokenized.get("input_ids", as_list=True), tokenized.get("assistant_masks", as_list=True)
 
 

@@ -10,20 +10,26 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from expert_iteration.config import Config, Selection, learning_rate
+from expert_iteration.config import Config, Selection, TrainConfig, learning_rate
 from expert_iteration.hub import is_hub_id
 from expert_iteration.keys import is_for_sampling, is_for_training
 from expert_iteration.resume import earlier_command
 from expert_iteration.score_table import LABELS, cell
-from expert_iteration.tasks import SOURCES, Task
+from expert_iteration.sources import SOURCES
+from expert_iteration.tasks import Task
 
 SETTINGS = (
     "seed",
+    "env.dataset_name",
     "env.dataset_path",
+    "env.max_prompts",
     "reward.fn",
     "env.repeats",
     "train.topk_size",
     "train.selection",
+    "train.selection_ties",
+    "train.dedup",
+    "train.min_reward",
     "train.restart_from",
     "train.dialog_turns_per_batch",
     "train.epochs",
@@ -117,20 +123,32 @@ def _header(cfg: Config) -> str:
 
 
 def _hub_dataset(cfg: Config) -> list[str] | None:
-    source = SOURCES.get(cfg.env.dataset.value)
     is_local = cfg.env.dataset_path is not None or cfg.train.from_expert_set is not None
-    return None if source is None or is_local else [source.hub_id]
+    name = cfg.env.dataset_name or SOURCES[cfg.env.dataset].hub_id
+    return None if name is None or is_local else [name]
 
 
 def _describe_method(cfg: Config) -> str:
     if cfg.train.from_expert_set is not None:
         return f"`{cfg.model.name}`, fine-tuned on a set of expert responses."
-    which = "at random" if cfg.train.selection is Selection.random else "the best of those above the median reward"
     return (
         f"`{cfg.model.name}`, trained by expert iteration: to each prompt {cfg.env.repeats} responses are sampled, of "
-        f"which at most {cfg.train.topk_size} are kept ({which}) and imitated; the improved policy samples anew. In "
-        f"{'synchronous' if cfg.train.sync else 'asynchronous'} mode."
+        f"which at most {cfg.train.topk_size} are kept ({_describe_selection(cfg.train)}) and imitated; the improved "
+        f"policy samples anew. In {'synchronous' if cfg.train.sync else 'asynchronous'} mode."
     )
+
+
+def _describe_selection(train: TrainConfig) -> str:
+    return {
+        Selection.above_median: "the best of those above the median reward",
+        Selection.topk: "the best, where not all have the same reward",
+        Selection.threshold: f"the best of those with a reward of at least {train.selection_threshold:g}",
+        Selection.percentile: (
+            "the best of those that reach a percentile of all rewards of a batch, which goes from "
+            f"{train.selection_percentile:g} to {train.selection_percentile_end:g} over the run"
+        ),
+        Selection.random: "at random",
+    }[train.selection]
 
 
 def _prompting(task: Task) -> list[str]:

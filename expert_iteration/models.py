@@ -1,4 +1,4 @@
-"""Tokenizer and Hugging Face models: loading them, and what their chat template says of a turn."""
+"""Hugging Face models: loading them, and what is done with a loaded one."""
 
 from __future__ import annotations
 
@@ -32,31 +32,13 @@ def model_path(cfg: Config) -> str:
     return str(ensure_tiny_model(cfg.tiny.model_seed, cache_dir))
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model, with the chat template that its turns are written in.
-
-    Raises:
-        UserError: it has no chat template; the model comes with code of its own that may not run.
-    """
-    from transformers import AutoTokenizer
-
-    _refuse_untrusted_code(name, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"model.name ({name}) has a tokenizer without a chat template, so its turns have no form: choose the "
-            "instruction-tuned version of the model, or save the tokenizer with a template."
-        )
-    return tokenizer
-
-
 def context_length(name: str, max_model_len: int | None, trust_remote_code: bool = False) -> int:
     """Tokens that a prompt and its response may have together: `max_model_len`, or what the model was made for."""
     if max_model_len is not None:
         return max_model_len
     from transformers import AutoConfig
 
-    _refuse_untrusted_code(name, trust_remote_code)
+    refuse_untrusted_code(name, trust_remote_code)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     return config.get_text_config().max_position_embeddings
 
@@ -90,7 +72,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    _refuse_untrusted_code(name, trust_remote_code)
+    refuse_untrusted_code(name, trust_remote_code)
     _check_attention(name, attn_implementation, trust_remote_code, section)
     options: dict[str, Any] = {
         "dtype": dtype,
@@ -108,8 +90,12 @@ def load_model(
     return model.eval()
 
 
-def _refuse_untrusted_code(name: str, trust_remote_code: bool) -> None:
-    """Refuse a model that only its own code can load."""
+def refuse_untrusted_code(name: str, trust_remote_code: bool) -> None:
+    """Refuse a model that only its own code can load, before any of it runs.
+
+    Raises:
+        UserError: it is such a model, and `trust_remote_code` is false.
+    """
     if trust_remote_code:
         return
     from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -230,47 +216,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def end_of_turn_id(tokenizer: Any) -> int:
-    """The token with which the chat template ends the assistant's turn: it stops generation and is trained.
-
-    Not always the tokenizer's own end token: base models of the Qwen family end a text with `<|endoftext|>` and a turn
-    with `<|im_end|>`.
-
-    Raises:
-        UserError: the template writes no special token after the assistant's text, and the tokenizer has no end token.
-    """
-    marker = "response"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": marker}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    ending = tokenizer(text[text.rindex(marker) + len(marker) :], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    candidates = [token for token in ending if token in special]
-    if candidates:
-        return candidates[0]
-    if tokenizer.eos_token_id is None:
-        raise UserError("The chat template ends the assistant's turn with no special token: generation would not stop.")
-    return tokenizer.eos_token_id
-
-
-def stop_token_ids(tokenizer: Any, published: int | list[int] | None) -> list[int]:
-    """The tokens at which every engine stops: the end of the turn, and what ends a text.
-
-    vLLM adds the latter by itself: the tokenizer's own end token, and what the model's publisher lists.
-
-    Args:
-        tokenizer: of the model.
-        published: the `eos_token_id` of the model's generation configuration.
-    """
-    listed = published if isinstance(published, list) else [published]
-    candidates = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, *listed}
-    return sorted(token for token in candidates if token is not None)
-
-
-def chat_prompt_ids(tokenizer: Any, system_prompt: str | None, question: str) -> list[int]:
-    """Token ids of a prompt: the chat template around system prompt and question, up to where the response begins."""
-    messages = [{"role": "user", "content": question}]
-    if system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

@@ -12,8 +12,13 @@ CONFIG_KEYS = (
     "env.repeats",
     "eval.only",
     "model.name",
+    "train.dedup",
     "train.from_expert_set",
+    "train.min_reward",
     "train.selection",
+    "train.selection_percentile",
+    "train.selection_percentile_end",
+    "train.selection_threshold",
     "train.sync",
     "train.topk_size",
 )
@@ -70,12 +75,23 @@ def describe_selection(config: Mapping[str, Any]) -> str | None:
     most = f"at most {config.get('train.topk_size')} of {config.get('env.repeats')} responses per prompt"
     wordings = {
         "above_median": f"above_median: {most}, the best of those strictly above the median reward.",
+        "topk": f"topk: {most}, the best where not all rewards are equal.",
+        "threshold": f"threshold: {most}, of those with a reward of {config.get('train.selection_threshold')} or more.",
+        "percentile": (
+            f"percentile: {most}, of those that reach the batch's percentile {config.get('train.selection_percentile')}"
+            f" at the start of the run, {config.get('train.selection_percentile_end')} at its end."
+        ),
         "random": (
             f"random, the control: {most}, as many as the rule above_median would have kept but drawn whatever their "
             "reward. What rises here is not the selection's doing."
         ),
     }
-    return None if selection is None else wordings.get(selection, selection)
+    if selection is None:
+        return None
+    duplicates = " Duplicates were dropped before." if config.get("train.dedup") else ""
+    has_least = "train.min_reward" in config and selection != "random"  # under which it only lowers how many are drawn
+    least = f" None with a reward below {config['train.min_reward']}." if has_least else ""
+    return wordings.get(selection, selection) + duplicates + least
 
 
 def list_facts(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,17 @@ from expert_iteration.run_directory import BATCH_METRIC
 
 # Derived, a number for each batch: the growth of one counter over that of another, both since the start of the run.
 ACCEPTED, GROUPS_KEPT, GROUPS_EQUAL = "accepted", "groups_kept", "groups_all_equal"
+# Groups by the share of their responses that are right: what each bin is called, by the end of its metric's name.
+PASS_RATES = {
+    "000": "none right",
+    "001_025": "up to 25 %",
+    "026_050": "25 to 50 %",
+    "051_075": "50 to 75 %",
+    "076_099": "75 to < 100 %",
+    "100": "all right",
+}
 GROWTHS = {
+    **{f"pass_rate/{name}": (f"selection/groups_by_pass_rate/{name}", "selection/groups_seen") for name in PASS_RATES},
     ACCEPTED: ("selection/responses_kept", "selection/responses_seen"),
     GROUPS_KEPT: ("selection/groups_kept", "selection/groups_seen"),
     GROUPS_EQUAL: ("selection/groups_all_equal", "selection/groups_seen"),

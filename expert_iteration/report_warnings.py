@@ -21,7 +21,8 @@ SATURATED, RATHER_RIGHT = 0.95, 0.5
 
 TELL_APART = (
     "Where all responses to a prompt have the same reward there is no best: a finer reward, more env.repeats, a higher "
-    "inference_model.temperature or prompts of another difficulty tell them apart."
+    "inference_model.temperature or prompts of another difficulty tell them apart. Where most responses are right, "
+    "train.selection=topk or threshold with train.min_reward keeps the right ones."
 )
 SOMETHING_HARDER = (
     "There is little left to learn from these prompts: take harder ones, or a reward that tells the good from the "
@@ -150,7 +151,7 @@ def _nothing_kept(series: Series) -> Iterator[RunWarning]:
 
 def _few_groups_kept(series: Series) -> Iterator[RunWarning]:
     if found := _last_stretch(in_windows(series.get(GROUPS_KEPT, ())), lambda value: value < 1 - MOST_GROUPS):
-        title = f"Most groups are dropped: down to {found.lowest:.0%} have a response above their median"
+        title = f"Most groups are dropped: down to {found.lowest:.0%} kept a response"
         yield RunWarning(title, found.when, TELL_APART)
 
 

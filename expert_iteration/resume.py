@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from expert_iteration.chat_template import is_template_file
 from expert_iteration.checkpoint_files import (
     DamagedCheckpointError,
     SavedCheckpoint,
@@ -45,6 +48,7 @@ from expert_iteration.run_directory import (
     write_whole,
 )
 from expert_iteration.sizes import Sizes
+from expert_iteration.user_functions import with_absolute_path
 
 if TYPE_CHECKING:
     from expert_iteration.tasks import Task
@@ -61,7 +65,8 @@ MAY_CHANGE = (
     *("inference_model.attn_implementation", "inference_model.enforce_eager", "inference_model.num_threads"),
     *("inference_model.enable_prefix_caching", "inference_model.kv_cache_gib"),
     *("ref_model.num_threads", "ref_model.attn_implementation", "model.compile", "model.trust_remote_code"),
-    *("weight_update", "expert_set", "tiny.cache_dir"),
+    *("weight_update", "expert_set", "tiny.cache_dir", "reward.workers", "reward.timeout", "reward.openai_url"),
+    *("reward.openai_concurrency", "reward.openai_retries", "reward.openai_timeout"),
 )
 # Of these the exceptions: later checkpoints would lie elsewhere, and the best so far was the best by another figure.
 MAY_NOT = ("logging.checkpoint_dir", "eval.metric")
@@ -71,7 +76,8 @@ RUN_FILES = (
     *(EXPERT_SET_FOLDER, LAST_FOLDER, BEST_FOLDER),
 )
 SHOWN_CHANGES = 20
-PATH_KEYS = ("env.dataset_path", "train.from_expert_set", "tiny.cache_dir")  # whose values are always paths
+# Whose values are always paths.
+PATH_KEYS = ("env.dataset_path", "train.from_expert_set", "tiny.cache_dir", "reward.openai_prompt")
 
 
 @dataclass(frozen=True)
@@ -290,6 +296,23 @@ def earlier_command(run_dir: Path) -> tuple[list[str], list[str]]:
 
 def _absolute_path(override: str, cwd: Path) -> str:
     key, sign, value = override.partition("=")
-    is_file = (key == "model.name" and value.startswith(".")) or (key == "reward.fn" and ".py:" in value)
+    if key == "reward.fn":
+        return _with_absolute_functions(override, cwd)
+    is_file = key == "model.name" and value.startswith(".")
+    is_file |= key == "model.chat_template" and is_template_file(value)
     is_relative = not value.startswith(("/", "~", "'", '"')) and value != "null"
     return f"{key}{sign}{cwd / value}" if (key in PATH_KEYS or is_file) and is_relative else override
+
+
+def _with_absolute_functions(override: str, cwd: Path) -> str:
+    value = OverridesParser.create().parse_override(override).value()
+    if isinstance(value, list):
+        return f"reward.fn=[{','.join(_quoted(with_absolute_path(str(spec), cwd)) for spec in value)}]"
+    return f"reward.fn={_quoted(with_absolute_path(value, cwd))}" if isinstance(value, str) else override
+
+
+def _quoted(text: str) -> str:
+    """As Hydra's grammar wants it, in which spaces and commas, for instance, mean something."""
+    if re.fullmatch(r"[\w./:-]+", text):
+        return text
+    return "'" + text.replace("'", r"\'") + "'"

@@ -1,82 +1,122 @@
-"""Scores: problems and responses in, rewards and passes out.
+"""Rewards: problems and responses in, a number or named components out.
 
-A reward function takes a whole batch: `reward(problems, responses) -> list of floats`, one for each response, where
-`problems[i]` (an `expert_iteration.tasks.Problem`) is what `responses[i]` answers and responses are text without
-special tokens. Your own plugs in with `reward.fn=package.module:function` or `reward.fn=path/to/file.py:function`;
-a reward that is not finite leaves its response out. It is called in the collector's process with all responses of an
-engine batch, so it may ask a model or a service for many at once.
-
-IFEval's are in `ifeval.py`.
+Every reward function has the signature of `RewardFn` and takes a whole batch:
+`reward(problems, responses) -> list of rewards`, one for each response. `problems[i]` (an
+`expert_iteration.tasks.Problem`: `question`, `answer`, `metadata`) is what `responses[i]` answers; responses are text
+without special tokens. A reward is a number, or a dictionary of components: each a number, or a pair of number and
+weight (1 where there is none). The reward is then their weighted sum, and each component is logged, before weighting,
+as `collector/reward/<name>` and `eval/reward/<name>`. Your own plugs in with `reward.fn` (`user_functions.py`); what
+becomes of one that fails is `judging.py`'s.
 """
 
 import functools
-import hashlib
-import importlib
 import re
-import sys
-from collections.abc import Callable, Sequence
-from decimal import Decimal
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from expert_iteration.errors import UserError
+from expert_iteration import answers
+from expert_iteration.ifeval import ifeval_follow as ifeval_follow
 
 if TYPE_CHECKING:
     from expert_iteration.tasks import Problem
 
-RewardFn = Callable[[Sequence["Problem"], Sequence[str]], list[float]]
+Reward = float | Mapping[str, float | tuple[float, float]]
+RewardFn = Callable[[Sequence["Problem"], Sequence[str]], Sequence[Reward]]
 CorrectFn = Callable[[Sequence["Problem"], Sequence[str]], list[bool]]
 FormatFn = Callable[[str], bool]
 
-THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
-def _inside(tag: re.Pattern[str], response: str) -> str:
+def total(reward: Reward) -> float:
+    """The number, or the weighted sum of the components."""
+    if not isinstance(reward, Mapping):
+        return float(reward)
+    return sum(value * weight for value, weight in map(_weighted, reward.values()))
+
+
+def components_of(reward: Reward) -> dict[str, float]:
+    """Each component before weighting, by name; {} of a plain number."""
+    if not isinstance(reward, Mapping):
+        return {}
+    return {name: _weighted(part)[0] for name, part in reward.items()}
+
+
+def _weighted(part: float | tuple[float, float]) -> tuple[float, float]:
+    value, weight = part if isinstance(part, tuple) else (part, 1.0)
+    return float(value), float(weight)
+
+
+def _inside(tag: str, response: str) -> str:
     """What the first such tag holds, stripped; "" without one. Only the first counts, so guessing twice is no use."""
-    match = tag.search(response)
-    return match[1].strip() if match else ""
+    return answers.inside(tag, response) or ""
 
 
-def _value(answer: str) -> Decimal | str:
-    """A number where the text is one ("1,234", "$5.00", "18."), else the text without those marks."""
-    text = answer.strip().replace(",", "").replace("$", "").replace("%", "").rstrip(".")
-    return Decimal(text) if _NUMBER.fullmatch(text) else text
+# GSM8K
 
 
-def _ground_truth(answer: str) -> Decimal | str:
-    """The value after `####`, or of the whole text where the mark is missing."""
-    return _value(answer.rpartition("####")[2])
-
-
-def gsm8k_correct(response: str, answer: str) -> bool:
-    """Whether `<answer>` holds the ground truth, compared as numbers: 72, 72.0 and $72 are equal.
+def gsm8k_correct(response: str, answer: str, mode: str = "auto") -> bool:
+    """Whether the answer of a response is the ground truth, compared as exact numbers: 72, 72.0 and $72 are equal.
 
     Args:
         response: text, special tokens removed.
         answer: the ground truth, bare or ending in `#### 72`.
+        mode: where the answer is looked for, one of `answers.MODES`.
+
+    Raises:
+        UserError: unknown mode.
     """
-    given = _inside(ANSWER, response)
-    return given != "" and _value(given) == _ground_truth(answer)
+    return answers.holds_answer(response, answer, mode)
 
 
 def gsm8k_reward(response: str, answer: str) -> float:
     """1.0 for the right number in `<answer>`, 0.1 for a wrong one, 0.0 without one.
 
-    The values of TorchRL's `GSM8KRewardParser`, which compares text ("5" and "05" differ there).
+    The values of TorchRL's `GSM8KRewardParser`. The tag is what 0.1 is paid for, and it is the form that the task's
+    system prompt asks for, so no other is looked for, whatever `reward.answer_mode` says of what passes. Deliberate
+    differences: numbers are compared, not text ("5 km" is "5", "072.50" is "72.5", and "1,2" is not "12"), and what
+    stands in a closed `<think>` block is no answer.
     """
-    if gsm8k_correct(response, answer):
-        return 1.0
-    return 0.1 if _inside(ANSWER, response) else 0.0
+    given = answers.find_answer(response, "answer_tag")
+    if not given:
+        return 0.0
+    return 1.0 if gsm8k_correct(response, answer, "answer_tag") else 0.1
+
+
+# Of gsm8k_granular: a wrong answer earns at most FORMAT_WEIGHT, a right one at least 1.
+FORMAT_WEIGHT = 0.2
+BREVITY_WEIGHT = 0.1
+HALF_BREVITY = 1000
+"""Characters at which brevity is one half."""
+
+
+def gsm8k_granular(response: str, answer: str, *, brief: bool = False) -> dict[str, tuple[float, float]]:
+    """GSM8K's reward in parts, value and weight each. No wrong answer earns as much as a right one, which earns 1.
+
+    answer (weight 1): 1 for the right number, wherever `auto` finds it.
+    format (weight 0.2): half of it for a closed `<think>` with a thought, half for one number in a closed `<answer>`.
+    brevity (with `brief`, weight 0.1): of a right answer 1000 / (1000 + its characters), so that no two lengths tie; of
+        a wrong one 0, or the shortest guess would win a group without a right answer.
+    """
+    correct = gsm8k_correct(response, answer)
+    stated = answers.find_answer(response, "answer_tag")
+    has_number = stated is not None and answers.read_number(stated) is not None
+    parts = {
+        "answer": (float(correct), 1.0),
+        "format": (0.5 * (_inside("think", response) != "") + 0.5 * has_number, FORMAT_WEIGHT),
+    }
+    if brief:
+        parts["brevity"] = (correct * HALF_BREVITY / (HALF_BREVITY + len(response)), BREVITY_WEIGHT)
+    return parts
+
+
+# Tiny
 
 
 def tiny_correct(response: str, answer: str) -> bool:
     """Whether `<answer>` holds the right integer."""
-    given = _inside(ANSWER, response)
-    return _INTEGER.fullmatch(given) is not None and Decimal(given) == _ground_truth(answer)
+    given, truth = _inside("answer", response), answer.rpartition("####")[2].strip()
+    return _INTEGER.fullmatch(given) is not None and answers.read_number(given) == answers.read_number(truth)
 
 
 def tiny_reward(response: str, answer: str) -> float:
@@ -85,20 +125,20 @@ def tiny_reward(response: str, answer: str) -> float:
     A wrong response earns 0.1 for a thought and 0.1 for any integer. Closeness earns nothing: it would let wrong
     responses win whole groups.
     """
-    thought = _inside(THINK, response) != ""
+    thought = _inside("think", response) != ""
     if tiny_correct(response, answer):
         return 1.0 if thought else 0.9
-    return 0.1 * (thought + (_INTEGER.fullmatch(_inside(ANSWER, response)) is not None))
+    return 0.1 * (thought + (_INTEGER.fullmatch(_inside("answer", response)) is not None))
 
 
 def has_thought_and_answer(response: str) -> bool:
     """Whether a response has the form that tiny and gsm8k ask for: something in `<think>` and in `<answer>`."""
-    return _inside(THINK, response) != "" and _inside(ANSWER, response) != ""
+    return _inside("think", response) != "" and _inside("answer", response) != ""
 
 
 def has_answer(response: str) -> bool:
-    """Whether there is something in `<answer>`, without which ifeval judges nothing."""
-    return _inside(ANSWER, response) != ""
+    """Whether there is something in `<answer>`, without which ifeval's reward judges nothing."""
+    return _inside("answer", response) != ""
 
 
 def score_each(score: Callable[[str, str], Any], problems: Sequence["Problem"], responses: Sequence[str]) -> list[Any]:
@@ -106,91 +146,13 @@ def score_each(score: Callable[[str, str], Any], problems: Sequence["Problem"], 
     return [score(response, problem.answer) for problem, response in zip(problems, responses, strict=True)]
 
 
+def gsm8k_corrects(problems: Sequence["Problem"], responses: Sequence[str], mode: str = "auto") -> list[bool]:
+    """`gsm8k_correct` of a batch, the answers looked for by `mode` (`reward.answer_mode`)."""
+    return score_each(functools.partial(gsm8k_correct, mode=mode), problems, responses)
+
+
 gsm8k_rewards: RewardFn = functools.partial(score_each, gsm8k_reward)
-gsm8k_corrects: CorrectFn = functools.partial(score_each, gsm8k_correct)
+gsm8k_granular_rewards: RewardFn = functools.partial(score_each, gsm8k_granular)
+gsm8k_granular_brief_rewards: RewardFn = functools.partial(score_each, functools.partial(gsm8k_granular, brief=True))
 tiny_rewards: RewardFn = functools.partial(score_each, tiny_reward)
 tiny_corrects: CorrectFn = functools.partial(score_each, tiny_correct)
-
-
-def load_reward_fn(spec: str) -> RewardFn:
-    """The user's batched reward function, its result checked for length and type at each call.
-
-    What it gives crosses processes as `spec` and is loaded again there, because Ray pickles modules by reference and
-    a file is no importable module. The text of a file travels along: other hosts of a cluster have no such file.
-
-    Args:
-        spec: `package.module:function` or `path/to/file.py:function`.
-
-    Raises:
-        UserError: no such module, file or function, or not callable. What the module itself raises is not caught.
-    """
-    place = spec.rpartition(":")[0]
-    return _UserReward(spec, _read_source(spec, Path(place)) if place.endswith(".py") else None)
-
-
-class _UserReward:
-    def __init__(self, spec: str, source: bytes | None) -> None:
-        self._spec = spec
-        self._source = source
-        self._function = _find_function(spec, source)
-
-    def __reduce__(self) -> tuple[type["_UserReward"], tuple[str, bytes | None]]:
-        return _UserReward, (self._spec, self._source)
-
-    def __call__(self, problems: Sequence["Problem"], responses: Sequence[str]) -> list[float]:
-        rewards = self._function(problems, responses)
-        try:
-            values = [float(reward) for reward in rewards]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"reward.fn={self._spec} gave {str(rewards)[:200]}: return a list of numbers.") from error
-        if len(values) != len(responses):
-            raise UserError(
-                f"reward.fn={self._spec} gave {len(values)} rewards for {len(responses)} responses: return one each."
-            )
-        return values
-
-
-def _read_source(spec: str, path: Path) -> bytes:
-    path = path.expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"reward.fn={spec}: there is no file {path}: correct the path, or make it absolute.")
-    return path.read_bytes()
-
-
-def _find_function(spec: str, source: bytes | None) -> Callable[..., Any]:
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise UserError(
-            f"reward.fn={spec} names no function: write package.module:function or path/to/file.py:function."
-        )
-    module = _module_by_name(spec, place) if source is None else _module_from_source(Path(place), source)
-    if name not in vars(module):
-        raise UserError(f"reward.fn={spec}: {place} defines no {name!r}: correct the name after the colon.")
-    function = vars(module)[name]
-    if not callable(function):
-        raise UserError(f"reward.fn={spec}: {name!r} is of type {type(function).__name__}: name a function.")
-    return function
-
-
-def _module_by_name(spec: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # A module missing inside the user's module is for the user to see as it is.
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise UserError(
-            f"reward.fn={spec}: Python finds no module {error.name!r}: install it, put its directory on PYTHONPATH, "
-            "or write path/to/file.py:function."
-        ) from error
-
-
-def _module_from_source(path: Path, source: bytes) -> ModuleType:
-    path = path.expanduser().resolve()
-    name = f"reward_fn_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    module = ModuleType(name)
-    module.__file__ = str(path)
-    # Dataclasses and pickle look a class's module up here.
-    sys.modules[name] = module
-    exec(compile(source, str(path), "exec"), module.__dict__)
-    return module

@@ -1,116 +1,131 @@
-"""Rows of a data set: from a local file or directory, or from the Hugging Face hub and its cache.
+"""Rows of a data set from a local file or directory.
 
-Every reader gives `{split: rows}`. A row is a dictionary, or whatever else stands in its place in a malformed file:
-the caller counts those. A single file is the split "train".
+A data set is a function for each of its splits, which reads the rows when it is called. A row is a dictionary, or
+whatever else stands in its place in a malformed file: the caller counts those. A single file is the split "train".
 """
 
-import contextlib
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from expert_iteration.errors import UserError
-from expert_iteration.hub import ask
 
-HUB_PATIENCE_SECONDS = 8.0
+Splits = dict[str, Callable[[], list[Any]]]
+SHOWN = 120  # characters of a text from outside that a message repeats
 
 
-def read_path(path: Path) -> dict[str, list[Any]]:
-    """Splits of a file (its rows are "train") or of a directory made by `save_to_disk`."""
+def read_path(path: Path) -> Splits:
+    """The splits of a file, of a directory made by `save_to_disk`, or of a directory of files named after splits.
+
+    Raises:
+        UserError: it does not exist or has another form; when a split is called, that it cannot be read.
+    """
     if not path.exists():
         raise UserError(f"env.dataset_path={path} does not exist: correct the path.")
-    reader = _read_directory if path.is_dir() else READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(
-            f"env.dataset_path={path} has an unknown form: give one of {', '.join(READERS)}, or a directory."
-        )
+    if not path.is_dir():
+        if path.suffix.lower() not in READERS:
+            raise UserError(
+                f"env.dataset_path={path} has an unknown form: give one of {', '.join(READERS)}, or a directory."
+            )
+        return {"train": partial(_read_files, [path])}
     try:
-        return reader(path)
-    except (ValueError, OSError, csv.Error) as error:
-        # JSON, Unicode and Arrow errors are ValueErrors.
-        raise UserError(f"env.dataset_path={path} cannot be read ({error}): mend the file.") from error
+        return _read_saved(path) if _is_saved(path) else _read_directory(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"env.dataset_path={path} cannot be read ({brief(error)}): mend it.") from error
 
 
-def _read_jsonl(path: Path) -> dict[str, list[Any]]:
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _read_saved(path: Path) -> Splits:
+    import datasets
+
+    return splits_of(datasets.load_from_disk(str(path)))
+
+
+def splits_of(loaded: Any) -> Splits:
+    """Of a `Dataset` (all "train") or a `DatasetDict`."""
+    by_split = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    return {str(name): rows.to_list for name, rows in by_split.items()}
+
+
+def _read_directory(path: Path) -> Splits:
+    """Which files are which split is for `datasets` to say, as in its `load_dataset`.
+
+    They are read here: its own readers give up at the first malformed row.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    splits: Splits = {}
+    for split, names in found.items():
+        if files := sorted(file for file in map(Path, names) if file.suffix.lower() in READERS):
+            splits[str(split)] = partial(_read_files, files)
+    if not splits:
+        raise ValueError(f"no file of the form {', '.join(READERS)} and no saved data set is in it")
+    return splits
+
+
+def _read_files(files: Sequence[Path]) -> list[Any]:
+    rows = []
+    for file in files:
+        try:
+            rows += READERS[file.suffix.lower()](file)
+        except (ValueError, OSError, csv.Error) as error:
+            # JSON, Unicode and Arrow errors are ValueErrors.
+            raise UserError(f"env.dataset_path={file} cannot be read ({brief(error)}): mend the file.") from error
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[Any]:
+    return _json_lines(path.read_text(encoding="utf-8-sig"))
+
+
+def _json_lines(text: str) -> list[Any]:
     # Not splitlines, which also splits at separators that JSON allows inside a string (U+2028).
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return {"train": [_json_or_none(line) for line in lines if line.strip()]}
+    return [_json_or_none(line) for line in text.split("\n") if line.strip()]
 
 
 def _json_or_none(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, brackets in thousands of brackets
         return None
 
 
-def _read_json(path: Path) -> dict[str, list[Any]]:
-    rows = json.loads(path.read_text(encoding="utf-8-sig"))
+def _read_json(path: Path) -> list[Any]:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        return _json_lines(text)  # one object a line, under another name
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(rows, list):
         raise ValueError(f"a JSON {type(rows).__name__}, not a list of rows")
-    return {"train": rows}
+    return rows
 
 
-def _read_csv(path: Path) -> dict[str, list[Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return {"train": list(csv.DictReader(file))}
+def _read_csv(path: Path) -> list[Any]:
+    before = csv.field_size_limit(sys.maxsize)  # one cell above 128 KiB would make the whole file unreadable
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    finally:
+        csv.field_size_limit(before)
 
 
-def _read_parquet(path: Path) -> dict[str, list[Any]]:
+def _read_parquet(path: Path) -> list[Any]:
     import pyarrow.parquet
 
-    return {"train": pyarrow.parquet.read_table(path).to_pylist()}
-
-
-def _read_directory(path: Path) -> dict[str, list[Any]]:
-    import datasets
-
-    return _splits(datasets.load_from_disk(str(path)))
-
-
-def _splits(loaded: Any) -> dict[str, list[Any]]:
-    """Rows by split of a `Dataset` (all "train") or a `DatasetDict`."""
-    by_split = loaded if isinstance(loaded, dict) else {"train": loaded}
-    return {str(name): rows.to_list() for name, rows in by_split.items()}
-
-
-def read_hub(hub_id: str, hub_config: str | None) -> dict[str, list[Any]]:
-    """All splits of the data set, from the hub or from the cache of an earlier download."""
-    import datasets
-
-    with contextlib.nullcontext() if _hub_answers(hub_id) else _datasets_offline():
-        try:
-            return _splits(datasets.load_dataset(hub_id, hub_config))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"The data set {hub_id} is neither cached nor reachable ({error}): connect to the Hugging Face "
-                "hub once, or give a local copy with env.dataset_path=FILE."
-            ) from error
-
-
-def _hub_answers(hub_id: str) -> bool:
-    """Whether the hub has the data set. `load_dataset` by itself would retry for more than 20 seconds.
-
-    Whatever went wrong, the cache is tried next, and the error that ends the run is the cache's.
-    """
-    from huggingface_hub import HfApi
-
-    return ask(lambda: HfApi().dataset_info(hub_id, timeout=HUB_PATIENCE_SECONDS), HUB_PATIENCE_SECONDS) is None
-
-
-@contextlib.contextmanager
-def _datasets_offline() -> Iterator[None]:
-    """Make `datasets` go to its cache at once; it reads HF_HUB_OFFLINE only when it is imported."""
-    import datasets
-
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 def first_three(items: Sequence[str]) -> str:
@@ -118,4 +133,15 @@ def first_three(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+def brief(text: object, length: int = SHOWN) -> str:
+    """On one line, and cut where it is long."""
+    line = " ".join(str(text)[: 10 * length].split())
+    return line if len(line) <= length else f"{line[:length]}..."
+
+
+READERS: dict[str, Callable[[Path], list[Any]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}

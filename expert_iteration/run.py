@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from expert_iteration import timeline
 from expert_iteration.accelerators import memory_sizes
+from expert_iteration.chat_template import chat_prompt_ids, describe_chat_template, load_tokenizer
 from expert_iteration.checkpoint_files import SavedCheckpoint, list_folders
 from expert_iteration.cluster import ray_running, start_actor
 from expert_iteration.config import Config, learning_rate, num_engines
@@ -29,7 +30,7 @@ from expert_iteration.interruption import Interrupted, StopRequest, StopSignals
 from expert_iteration.mailbox import Mailbox, MailboxActor
 from expert_iteration.memory import check_memory, describe_allocation
 from expert_iteration.model_shape import read_model_shape
-from expert_iteration.models import chat_prompt_ids, context_length, load_tokenizer, model_path
+from expert_iteration.models import context_length, model_path
 from expert_iteration.places import Places
 from expert_iteration.resume import check_fits, find_checkpoint, fingerprint
 from expert_iteration.run_directory import (
@@ -99,6 +100,7 @@ def _prepare(cfg: Config, run_dir: Path) -> Start:
     if checkpoint is None:
         _refuse_used_directory(cfg, run_dir)
     task, tokenizer, notes = _prepare_task(cfg)
+    notes += describe_chat_template(tokenizer, task.system_prompt)
     if task.examples:
         cfg.train.total_dialog_turns = len(task.examples)  # from which sizes follow
     sizes, found = derive_sizes(cfg), fingerprint(task, tokenizer)
@@ -165,14 +167,13 @@ def _prepare_task(cfg: Config) -> tuple[Task, Any, list[str]]:
     task = load_task(cfg)
     name = model_path(cfg)
     trust = cfg.model.trust_remote_code
-    tokenizer = load_tokenizer(name, trust)
+    tokenizer = load_tokenizer(name, trust, cfg.model.chat_template)
     limit = context_length(name, cfg.inference_model.max_model_len, trust) - cfg.inference_model.max_tokens
-    task, dropped = without_long_prompts(
+    task = without_long_prompts(
         task, lambda problem: len(chat_prompt_ids(tokenizer, task.system_prompt, problem.question)), limit
     )
-    notes = [f"{task.name}: {len(task.train)} prompts for training, {len(task.heldout)} held out for evaluation"]
-    if dropped:
-        notes.append(f"note: {dropped} prompts were left out, for they have more than {limit} tokens")
+    counts = f"{len(task.train)} prompts for training, {len(task.heldout)} held out for evaluation"
+    notes = [f"{task.name}: {counts}", *task.notes]
     return task, tokenizer, notes
 
 

@@ -16,6 +16,10 @@ LABELS = {
     "format_rate": "well-formed",
     "truncation_rate": "truncated",
     "response_length": "tokens a response",
+    "prompt_level_strict_acc": "prompt-level strict",
+    "prompt_level_loose_acc": "prompt-level loose",
+    "inst_level_strict_acc": "instruction-level strict",
+    "inst_level_loose_acc": "instruction-level loose",
 }
 
 

@@ -97,9 +97,10 @@ class Progress:
             return
         self._warned = True
         self._screen.say(
-            f"note: {seen - kept:.0f} of {seen:.0f} groups had no response above their median and were dropped. "
-            "A finer reward separates more of them, and so do more env.repeats; where most responses are right "
-            "already, harder prompts help, and where all are wrong, a stronger model.name or easier prompts."
+            f"note: {seen - kept:.0f} of {seen:.0f} groups were dropped, for train.selection keeps none of their "
+            "responses. A finer reward separates more of them, and so do more env.repeats; where most responses are "
+            "right already, train.selection=topk or threshold with train.min_reward keeps the right ones, or take "
+            "harder prompts; where all are wrong, a stronger model.name or easier prompts help."
         )
 
 

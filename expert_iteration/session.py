@@ -251,6 +251,7 @@ class Session:
         try:
             write_summary(self._run_dir, self._sum_up(error))
         finally:
+            self.evaluator.close()
             ranks = [] if self._ranks is None else self._ranks.actors
             stop_actors([*self._actors, *ranks, self._buffer_owner._rb])
             if self._ranks is not None:

@@ -1,43 +1,34 @@
-"""Tasks: where the prompts and ground truths come from, which of them are held out, and how responses are judged.
+"""Tasks: prompts and ground truths, which of them are held out, and how responses are judged.
 
-`env.dataset` names a task; `env.dataset_path` replaces its rows by your own file or directory with the same columns,
-and `reward.fn` its reward. Held-out problems are the data set's own test split, or, where it has none, rows chosen by
-the hash of their question and taken out of training: the same rows whatever their order and whatever the seed.
+`env.dataset` names a task of the table in `sources.py`; `env.dataset_path` or `env.dataset_name` replaces its rows by
+others with the same columns, and `reward.fn` its reward.
 
 Imports no torch, and `datasets` only to load with it.
 """
 
-import hashlib
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from expert_iteration import ifeval, rewards, tiny
 from expert_iteration.errors import UserError
+from expert_iteration.heldout import choose_splits, first, hold_out, in_hash_order, without_overlap
+from expert_iteration.hub_data import read_hub
+from expert_iteration.problem_reader import ProblemReader
+from expert_iteration.problems import Problem
+from expert_iteration.reward_sum import load_reward
 from expert_iteration.rewards import CorrectFn, FormatFn, RewardFn
-from expert_iteration.rows import first_three, read_hub, read_path
+from expert_iteration.rows import brief, first_three, read_path
+from expert_iteration.seeds import derive_seed
+from expert_iteration.sources import FiguresFn, Source, is_generated, source_of
 
 if TYPE_CHECKING:
     from expert_iteration.config import Config
     from expert_iteration.expert_set_reader import Example
 
-logger = logging.getLogger(__name__)
-
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One row of a task."""
-
-    question: str
-    """The user's turn."""
-    answer: str
-    """Ground truth in the data set's own form (gsm8k and tiny: ends in `#### x`); "" where there is none."""
-    metadata: dict[str, Any] = field(default_factory=dict)
-    """Further columns the reward needs (ifeval: key, instruction_id_list, kwargs)."""
+__all__ = ["FiguresFn", "Problem", "Task", "load_task", "task_without_problems", "without_long_prompts"]
 
 
 @dataclass(frozen=True)
@@ -50,235 +41,149 @@ class Task:
     heldout: list[Problem]
     """Never trained on: no question of it is in `train`."""
     reward: RewardFn
-    correct: CorrectFn
-    """The task's own pass, whatever the reward."""
+    correct: CorrectFn | None
+    """The task's own pass, whatever the reward; None: there is no ground truth, and the reward decides."""
     has_format: FormatFn
     """Whether a response has the form that the task asks for, right or wrong."""
+    figures: FiguresFn | None = None
+    """Further figures of an evaluation."""
+    notes: tuple[str, ...] = ()
+    """What its loading has to tell the user."""
     examples: "Sequence[Example]" = ()
     """Responses to imitate as they are; nothing is sampled then (`train.from_expert_set`)."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A data set of rows: its place on the Hugging Face hub, its columns, its judges."""
-
-    hub_id: str
-    hub_config: str | None
-    columns: tuple[str, ...]
-    to_problem: Callable[[Row], Problem]
-    """Raises ValueError, saying why, for a row that cannot be used."""
-    system_prompt: str
-    reward: RewardFn
-    correct: CorrectFn
-    has_format: FormatFn
 
 
 def load_task(cfg: "Config") -> Task:
     """The task that `env.dataset` names, `eval.num_prompts` problems held out.
 
     Raises:
-        UserError: unknown data set, path or hub that cannot be read, missing columns, no usable row, or more held-out
-            problems asked for than there can be.
+        UserError: unknown data set, path or hub that cannot be read, missing split or columns, no usable row, or more
+            held-out problems asked for than there can be.
     """
-    name = str(cfg.env.dataset)
-    if name == "tiny":
-        task = _tiny_task(cfg)
-    elif name in SOURCES:
-        task = _task_from_rows(name, SOURCES[name], cfg)
-    else:
-        raise UserError(f"env.dataset={name} is unknown: choose one of tiny, {', '.join(SOURCES)}.")
-    if cfg.reward.fn is None:
-        return task
-    return replace(task, reward=rewards.load_reward_fn(cfg.reward.fn))
+    source = source_of(cfg)
+    source.check()
+    task = _with_generated(cfg, source) if is_generated(cfg) else _with_rows(cfg, source)
+    task = replace(task, train=_at_most(task.train, cfg), notes=(*task.notes, *_describe_pass(task, cfg)))
+    reward = load_reward(cfg.reward)
+    return task if reward is None else replace(task, reward=reward)
 
 
-def task_without_problems(name: str) -> Task:
-    """How a task puts its prompts and judges responses; its data are not looked for."""
-    if name == "tiny":
-        return Task(
-            name=name,
-            system_prompt=tiny.SYSTEM_PROMPT,
-            train=[],
-            heldout=[],
-            reward=rewards.tiny_rewards,
-            correct=rewards.tiny_corrects,
-            has_format=rewards.has_thought_and_answer,
-        )
-    source = SOURCES[name]
+def task_without_problems(cfg: "Config") -> Task:
+    """How the task puts its prompts and judges responses; its data are not looked for."""
+    source, given = source_of(cfg), cfg.env.system_prompt
     return Task(
-        name=name,
-        system_prompt=source.system_prompt,
+        name=str(cfg.env.dataset),
+        system_prompt=source.system_prompt if given is None else given or None,
         train=[],
         heldout=[],
         reward=source.reward,
         correct=source.correct,
         has_format=source.has_format,
+        figures=source.figures,
     )
 
 
-def without_long_prompts(task: Task, count_tokens: Callable[[Problem], int], limit: int) -> tuple[Task, int]:
-    """The task without the problems whose prompts are longer than `limit` tokens, and how many those were.
+def without_long_prompts(task: Task, count_tokens: Callable[[Problem], int], limit: int) -> Task:
+    """The task without the problems whose prompts are longer than `limit` tokens, and with a note that counts them.
 
     Raises:
         UserError: none is left to train on or to evaluate with.
     """
-    train = [problem for problem in task.train if count_tokens(problem) <= limit]
-    heldout = [problem for problem in task.heldout if count_tokens(problem) <= limit]
+    lengths = {id(problem): count_tokens(problem) for problem in (*task.train, *task.heldout)}
+    train, heldout = (
+        [problem for problem in problems if lengths[id(problem)] <= limit] for problems in (task.train, task.heldout)
+    )
     if not train or not heldout:
         raise UserError(
             f"No prompt of {task.name} is left for {'evaluation' if train else 'training'}: with the chat template all "
             f"have more than {limit} tokens (inference_model.max_model_len less max_tokens). Raise max_model_len."
         )
-    dropped = len(task.train) + len(task.heldout) - len(train) - len(heldout)
-    return replace(task, train=train, heldout=heldout), dropped
+    long = [problem for problem in (*task.train, *task.heldout) if lengths[id(problem)] > limit]
+    if not long:
+        return task
+    note = (
+        f"note: {len(long)} prompts were left out ({len(task.heldout) - len(heldout)} of them held out), for they have "
+        f"more than {limit} tokens: {first_three([f'{_quote(p)} ({lengths[id(p)]})' for p in long])}"
+    )
+    return replace(task, train=train, heldout=heldout, notes=(*task.notes, note))
 
 
-def _tiny_task(cfg: "Config") -> Task:
+def _with_generated(cfg: "Config", source: Source) -> Task:
+    assert source.generate is not None, "is_generated looked"
+    train, heldout = source.generate()
+    task = task_without_problems(cfg)
+    return replace(task, train=train, heldout=first(heldout, cfg.eval.num_prompts, task.name))
+
+
+def _with_rows(cfg: "Config", source: Source) -> Task:
     if cfg.env.dataset_path is not None:
-        raise UserError(
-            f"env.dataset_path={cfg.env.dataset_path} has no effect with env.dataset=tiny, which generates its "
-            "problems: remove it, or choose env.dataset=gsm8k."
-        )
+        where, splits = cfg.env.dataset_path, read_path(Path(cfg.env.dataset_path).expanduser())
+    else:
+        name, config = _place_on_hub(cfg, source)
+        where, splits = name, read_hub(name, config)
+    split, eval_split = choose_splits(splits, cfg.env.split, cfg.env.eval_split, where)
+    reader = ProblemReader(source, cfg.env, where)
+    train = reader.read(splits[split](), split)
+    if eval_split is None:
+        never_trained_on = heldout = hold_out(train, cfg.eval.num_prompts, source.key, where)
+    else:
+        never_trained_on = in_hash_order(reader.read(splits[eval_split](), eval_split), source.key)
+        heldout = first(never_trained_on, cfg.eval.num_prompts, where)
+    train, removed = without_overlap(train, never_trained_on, source.key)
+    if not train:
+        raise UserError(f"{where} has no training question that is not held out: give other rows to train on.")
+    task = task_without_problems(cfg)
     return replace(
-        task_without_problems("tiny"),
-        train=[Problem(problem.question, problem.answer) for problem in tiny.train_problems()],
-        heldout=_first([Problem(p.question, p.answer) for p in tiny.heldout_problems()], cfg.eval.num_prompts, "tiny"),
+        task,
+        system_prompt=task.system_prompt if reader.system_message is None else reader.system_message,
+        train=train,
+        heldout=heldout,
+        notes=(*reader.notes, *_describe_repetitions(train, removed, source)),
     )
 
 
-def _task_from_rows(name: str, source: Source, cfg: "Config") -> Task:
-    if name == "ifeval":
-        ifeval.check_requirements()
-    if cfg.env.dataset_path is None:
-        splits, where = read_hub(source.hub_id, source.hub_config), source.hub_id
-    else:
-        path = Path(cfg.env.dataset_path).expanduser()
-        splits, where = read_path(path), str(path)
-    if "train" not in splits:
-        raise UserError(f"{where} has the splits {', '.join(splits)} and no 'train': save it with a train split.")
-    train = _usable(splits["train"], source, where)
-    if "test" in splits:
-        heldout = _first(_hash_order(_usable(splits["test"], source, where)), cfg.eval.num_prompts, where)
-    else:
-        heldout = _hold_out(train, cfg.eval.num_prompts, where)
-    questions = {problem.question for problem in heldout}
-    train = [problem for problem in train if problem.question not in questions]
-    if not train:
-        raise UserError(f"{where} has no training question outside its test split: give other rows to train on.")
-    return replace(task_without_problems(name), train=train, heldout=heldout)
+def _place_on_hub(cfg: "Config", source: Source) -> tuple[str, str | None]:
+    """The data set's name and configuration."""
+    if cfg.env.dataset_name is not None:
+        return cfg.env.dataset_name, cfg.env.dataset_config
+    if source.hub_id is None:
+        raise UserError(f"env.dataset={cfg.env.dataset} needs data: set env.dataset_path or env.dataset_name.")
+    return source.hub_id, cfg.env.dataset_config or source.hub_config
 
 
-# Held-out problems
+def _at_most(train: list[Problem], cfg: "Config") -> list[Problem]:
+    """`env.max_prompts` of them, in their order; what a smaller number draws, a larger one draws too."""
+    count = cfg.env.max_prompts
+    if count is None or count >= len(train):
+        return train
+    chosen = list(range(len(train)))
+    if cfg.env.shuffle:
+        random.Random(derive_seed(cfg.seed, "max_prompts")).shuffle(chosen)
+    return [train[index] for index in sorted(chosen[:count])]
 
 
-def _hash_order(problems: Iterable[Problem]) -> list[Problem]:
-    """Distinct questions in an order that depends on nothing but their text (and the answers of duplicates)."""
-    by_question: dict[str, Problem] = {}
-    for problem in sorted(problems, key=lambda problem: problem.answer):
-        by_question.setdefault(problem.question, problem)
-    return sorted(by_question.values(), key=lambda problem: hashlib.sha256(problem.question.encode()).digest())
-
-
-def _hold_out(problems: list[Problem], count: int, where: str) -> list[Problem]:
-    distinct = _hash_order(problems)
-    if count > len(distinct) // 2:
-        raise UserError(
-            f"eval.num_prompts ({count}) is more than half of the {len(distinct)} questions of {where}, which has no "
-            f"test split, so they are taken out of training: lower it to at most {len(distinct) // 2}."
+def _describe_repetitions(train: list[Problem], removed: list[Problem], source: Source) -> list[str]:
+    """What was done about questions that come more than once."""
+    notes = []
+    if removed:
+        notes.append(
+            f"note: {len(removed)} training prompts were left out, for they are held out for evaluation as well (white "
+            f"space and case apart): {first_three([_quote(problem) for problem in removed])}"
         )
-    return distinct[:count]
+    # Kept, as how often a question stands in a data set is its author's choice: each is a group of its own.
+    counts = Counter(map(source.key, train))
+    if len(counts) < len(train):
+        notes.append(f"note: {len(train) - len(counts)} training prompts repeat an earlier one; all are trained on")
+    return notes
 
 
-def _first(heldout: list[Problem], count: int, where: str) -> list[Problem]:
-    if count > len(heldout):
-        raise UserError(
-            f"eval.num_prompts ({count}) is more than the {len(heldout)} held-out problems of {where}: "
-            f"lower it to at most {len(heldout)}."
-        )
-    return heldout[:count]
+def _describe_pass(task: Task, cfg: "Config") -> list[str]:
+    if task.correct is not None or cfg.reward.pass_threshold is not None:
+        return []
+    return [
+        "note: without ground truths a response counts as right if its reward is at least 1 (reward.pass_threshold)"
+    ]
 
 
-# From rows to problems
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if isinstance(value, str):
-        text = value.strip()
-    elif isinstance(value, int | float) and not isinstance(value, bool) and value == value:
-        text = str(value)
-    else:
-        raise ValueError(f"no {column}")
-    if not text:
-        raise ValueError(f"empty {column}")
-    return text
-
-
-def _gsm8k_problem(row: Row) -> Problem:
-    answer = _text(row, "answer")
-    if not answer.rpartition("####")[2].strip():
-        raise ValueError("nothing after ####")
-    return Problem(_text(row, "question"), answer)
-
-
-def _ifeval_problem(row: Row) -> Problem:
-    ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
-    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
-        raise ValueError("instruction_id_list is not a list of names")
-    if not isinstance(kwargs, list) or len(kwargs) != len(ids) or not all(isinstance(k, dict) for k in kwargs):
-        raise ValueError("kwargs is not a list of one dictionary an instruction")
-    return Problem(_text(row, "prompt"), "", {"key": row.get("key"), "instruction_id_list": ids, "kwargs": kwargs})
-
-
-def _usable(rows: list[Any], source: Source, where: str) -> list[Problem]:
-    """The problems in `rows`; unusable rows are counted and the first three named in a warning."""
-    dicts = [row for row in rows if isinstance(row, dict)]
-    present = {str(column) for row in dicts for column in row}
-    missing = [column for column in source.columns if column not in present]
-    if dicts and missing:
-        raise UserError(
-            f"{where} lacks the column(s) {', '.join(missing)}; it has {', '.join(sorted(present))}: "
-            f"rename its columns to {', '.join(source.columns)}."
-        )
-    problems, skipped = [], []
-    for number, row in enumerate(rows, start=1):
-        try:
-            problems.append(source.to_problem(row if isinstance(row, dict) else {}))
-        except ValueError as error:
-            skipped.append(f"row {number} ({error if isinstance(row, dict) else 'no JSON object'})")
-    if skipped:
-        logger.warning("%s: %d of %d rows skipped: %s", where, len(skipped), len(rows), first_three(skipped))
-    if not problems:
-        read = f"{len(rows)} rows read" + (f": {first_three(skipped)}" if skipped else "")
-        raise UserError(f"{where} holds no usable row ({read}): give one with a {' and a '.join(source.columns[:2])}.")
-    return problems
-
-
-SOURCES = {
-    "gsm8k": Source(
-        hub_id="openai/gsm8k",
-        hub_config="main",
-        columns=("question", "answer"),
-        to_problem=_gsm8k_problem,
-        system_prompt=(
-            "Solve the problem step by step between <think> and </think>. "
-            "Then write the result, only a number, between <answer> and </answer>."
-        ),
-        reward=rewards.gsm8k_rewards,
-        correct=rewards.gsm8k_corrects,
-        has_format=rewards.has_thought_and_answer,
-    ),
-    "ifeval": Source(
-        hub_id="google/IFEval",
-        hub_config=None,
-        columns=("prompt", "instruction_id_list", "kwargs"),
-        to_problem=_ifeval_problem,
-        system_prompt=(
-            "Plan your response between <think> and </think>. Then write it between <answer> and </answer>, "
-            "following every instruction of the user there."
-        ),
-        reward=ifeval.ifeval_rewards,
-        correct=ifeval.ifeval_corrects,
-        has_format=rewards.has_answer,
-    ),
-}
+def _quote(problem: Problem) -> str:
+    return f"'{brief(problem.question, 60)}'"

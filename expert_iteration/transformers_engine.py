@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from expert_iteration.chat_template import load_tokenizer, stop_token_ids
 from expert_iteration.config import InferenceModelConfig, LoraConfig
 from expert_iteration.engine import Completion, Engine, OfferedWeights, Sampling
-from expert_iteration.models import context_length, load_model, load_tokenizer, stop_token_ids
+from expert_iteration.models import context_length, load_model
 from expert_iteration.scorer import ReferenceScorer
 
 PAD = 0  # any id does, for padding is masked
@@ -24,6 +25,7 @@ class TransformersEngine(Engine):
         batch_size: sequences that are generated at once; what bounds the memory.
         device: a torch device.
         trust_remote_code: whether code that comes with the model may run.
+        chat_template: as `model.chat_template`; it says which token ends a turn.
         lora: the adapters, where offered weights are adapters alone; None: offered weights are the model's.
     """
 
@@ -35,12 +37,13 @@ class TransformersEngine(Engine):
         batch_size: int,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
         lora: LoraConfig | None = None,
     ) -> None:
         super().__init__()
         from transformers import GenerationConfig
 
-        tokenizer = load_tokenizer(model_path, trust_remote_code)
+        tokenizer = load_tokenizer(model_path, trust_remote_code, chat_template)
         self._max_length = context_length(model_path, config.max_model_len, trust_remote_code)
         self._batch_size = batch_size
         self._model = load_model(

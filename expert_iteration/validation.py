@@ -6,16 +6,15 @@ cheap and need no other part of the suite, so a mistake answers before anything 
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable
 from functools import reduce, wraps
 from pathlib import Path
 from typing import Any
 
+from expert_iteration.chat_template import is_template_file
 from expert_iteration.config import (
     EVAL_METRICS,
     Config,
-    Dataset,
     Device,
     Dtype,
     InferenceBackend,
@@ -30,14 +29,20 @@ from expert_iteration.config import (
     collects,
     num_references,
 )
+from expert_iteration.data_rules import DATA_RULES
 from expert_iteration.errors import UserError
 from expert_iteration.expert_set_reader import SUFFIXES
+from expert_iteration.hub import HUB_ID
+from expert_iteration.reward_rules import REWARD_RULES
 from expert_iteration.sizes import derive_sizes
 from expert_iteration.wandb_logger import has_wandb_login
 
 AT_LEAST_ONE = (
     "env.num_envs",
     "env.repeats",
+    "env.max_prompts",
+    "env.skip_hopeless_after",
+    "reward.openai_concurrency",
     "train.epochs",
     "train.weight_update_frequency",
     "train.dialog_turns_per_batch",
@@ -68,6 +73,9 @@ AT_LEAST_ONE = (
     "eval.k",
 )
 AT_LEAST_ZERO = (
+    "env.skip_solved",
+    "reward.workers",
+    "reward.openai_retries",
     "train.kl_to_ref_coeff",
     "train.kl_to_ref_schedule.end",
     "train.prioritized_sampling_alpha",
@@ -83,6 +91,8 @@ AT_LEAST_ZERO = (
     "logging.num_samples",
 )
 ABOVE_ZERO = (
+    "reward.timeout",
+    "reward.openai_timeout",
     "train.minor_sft_beta",
     "train.prioritized_sampling_epsilon",
     "train.collection_timeout",
@@ -95,9 +105,10 @@ ABOVE_ZERO = (
     "weight_update.timeout",
     "logging.kl_budget",
 )
+FINITE = ("reward.pass_threshold", "train.selection_threshold", "train.min_reward")
+PERCENTILES = ("train.selection_percentile", "train.selection_percentile_end")
 SHARES = ("inference_model.top_p", "inference_model.gpu_memory_utilization")
 WHY_TEMPERATURE = ": at 0 all responses to a prompt are alike and none is better than another"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SEED_LIMIT = 2**32
 VLLM_MAX_LORA_RANK = 512
 
@@ -144,6 +155,16 @@ def amounts_are_above_zero(cfg: Config) -> None:
 def shares_are_fractions(cfg: Config) -> None:
     """Shares of a whole."""
     _check_numbers(cfg, SHARES, lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+
+
+def rewards_to_reach_are_finite(cfg: Config) -> None:
+    """Any reward may be asked for, also a negative one."""
+    _check_numbers(cfg, FINITE, math.isfinite, "must be a finite number")
+
+
+def percentiles_leave_something(cfg: Config) -> None:
+    """At 100 only what equals the best of a batch would be kept."""
+    _check_numbers(cfg, PERCENTILES, lambda value: 0 <= value < 100, "must be 0 or more and below 100")
 
 
 def seeds_fit_every_generator(cfg: Config) -> None:
@@ -597,31 +618,14 @@ def model_exists(cfg: Config) -> None:
         )
 
 
-def dataset_path_exists(cfg: Config) -> None:
-    """The task's data, unless the task makes its own."""
-    path = cfg.env.dataset_path
-    if path is None:
-        return
-    if cfg.env.dataset is Dataset.tiny:
+def chat_template_file_exists(cfg: Config) -> None:
+    """Whether a name is one of the tokenizer's templates, and a file holds one, shows when the tokenizer is loaded."""
+    template = cfg.model.chat_template
+    if template is not None and is_template_file(template) and not Path(template).is_file():
         raise UserError(
-            f"env.dataset_path ({path}) has no effect with env.dataset=tiny, which makes its own problems: set it to "
-            "null, or another env.dataset."
+            f"model.chat_template ({template}) is a path, and no file is there: correct it, name one of the "
+            "tokenizer's own templates, or set it to null for its default."
         )
-    if not Path(path).exists():
-        raise UserError(f"env.dataset_path ({path}) does not exist: correct it, or set it to null for the hub's data.")
-
-
-def reward_function_has_a_place(cfg: Config) -> None:
-    """A module or a file, then a function's name."""
-    fn = cfg.reward.fn
-    if fn is None:
-        return
-    place, _, name = fn.rpartition(":")
-    is_module = all(part.isidentifier() for part in place.split("."))
-    if not name.isidentifier() or not (place.endswith(".py") or is_module):
-        raise UserError(f"reward.fn ({fn}) must be package.module:function or file.py:function.")
-    if place.endswith(".py") and not Path(place).is_file():
-        raise UserError(f"reward.fn ({fn}): the file {place} does not exist.")
 
 
 def wandb_can_be_reached(cfg: Config) -> None:
@@ -646,6 +650,8 @@ RULES: tuple[Rule, ...] = (
     amounts_are_above_zero,  # before the next, as eval.temperature follows inference_model.temperature
     amounts_are_not_negative,
     shares_are_fractions,
+    rewards_to_reach_are_finite,
+    percentiles_leave_something,
     seeds_fit_every_generator,
     group_has_two_responses,
     topk_size_fits_group,
@@ -689,8 +695,9 @@ RULES: tuple[Rule, ...] = (
     policies_are_compared_by_a_figure,
     evaluation_alone_trains_nothing,
     model_exists,
-    dataset_path_exists,
-    reward_function_has_a_place,
+    chat_template_file_exists,
+    *DATA_RULES,
+    *REWARD_RULES,
     wandb_can_be_reached,
 )
 

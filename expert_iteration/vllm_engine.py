@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_args
 
+from expert_iteration.chat_template import end_of_turn_id, load_tokenizer
 from expert_iteration.config import InferenceModelConfig, LoraConfig
 from expert_iteration.engine import Completion, Engine, OfferedWeights, Sampling
 from expert_iteration.errors import UserError
-from expert_iteration.models import end_of_turn_id, load_tokenizer
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -26,6 +26,7 @@ class VLLMEngine(Engine):
         config: the `inference_model` section.
         seed: vLLM's own seed.
         trust_remote_code: whether code that comes with the model may run.
+        chat_template: as `model.chat_template`; it says which token ends a turn.
         lora: the adapters, where offered weights are adapters alone; None: offered weights are the model's.
         weight_backend: vLLM's name of the way on which the trainer sends weights; None: the engine fetches them.
         sleeps: whether `sleep` frees memory, which vLLM then allocates in another way; only on accelerators.
@@ -40,6 +41,7 @@ class VLLMEngine(Engine):
         *,
         seed: int = 0,
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
         lora: LoraConfig | None = None,
         weight_backend: str | None = None,
         sleeps: bool = False,
@@ -55,7 +57,7 @@ class VLLMEngine(Engine):
         self._num_devices = config.num_devices
         self._lora = lora
         self._adapters: LoRARequest | None = None  # those in use; the start model has none
-        self._stop_token_ids = [end_of_turn_id(load_tokenizer(model_path, trust_remote_code))]
+        self._stop_token_ids = [end_of_turn_id(load_tokenizer(model_path, trust_remote_code, chat_template))]
         self._llm = LLM(
             model=model_path,
             dtype=config.torch_dtype.value,

@@ -114,6 +114,9 @@ class NoEvaluator:
         """Nothing is measured."""
         return {}
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing to go on with."""
         return {}

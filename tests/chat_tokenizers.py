@@ -20,6 +20,24 @@ MISTRAL = (
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+# Refuses system messages, as Gemma's first did.
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+# Begins the response for the model, and puts an empty thought before one that is given.
+THINKING = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 BARE = "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 
 
@@ -42,5 +60,15 @@ def llama_tokenizer(eos_token="<|eot_id|>"):
     return make_tokenizer(LLAMA_3, headers, adds_bos=True, bos_token="<|begin_of_text|>", eos_token=eos_token)
 
 
-def qwen_base_tokenizer():
-    return make_tokenizer(CHATML, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|endoftext|>")
+def qwen_base_tokenizer(template=CHATML):
+    return make_tokenizer(template, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], eos_token="<|endoftext|>")
+
+
+def gemma_tokenizer():
+    turns = ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"]
+    return make_tokenizer(GEMMA, turns, bos_token="<bos>", eos_token="<eos>")
+
+
+def base_tokenizer(**options):
+    """Of a base model: no chat template, no pad token, no token that is not used."""
+    return make_tokenizer(None, ["</s>"], eos_token="</s>", **options)

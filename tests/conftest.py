@@ -31,7 +31,7 @@ def warm_tiny_model():
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_folder):
     """The tokenizer of the tiny model."""
-    from expert_iteration.models import load_tokenizer
+    from expert_iteration.chat_template import load_tokenizer
 
     return load_tokenizer(str(tiny_folder))
 

@@ -8,6 +8,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -34,6 +35,15 @@ FAMILIES = {
     "gemma-3": lambda **sizes: Gemma3TextConfig(**sizes, sliding_window=32, query_pre_attn_scalar=32),
     "mistral": lambda **sizes: MistralConfig(**sizes, sliding_window=32),
 }
+
+
+def make_chat_folder(tokenizer, folder):
+    """A Llama with random weights and this tokenizer, as its publisher would have put it on the hub."""
+    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_family_folder(family, tiny_folder, folder):

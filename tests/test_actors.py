@@ -23,6 +23,7 @@ class Batch(str):
     """A batch that kept something."""
 
     responses_kept = 1
+    notes = ()
 
 
 class Stage:
@@ -223,6 +224,26 @@ class NumberedStage:
 
     def program(self):
         return self.events
+
+
+class TellingStage(NumberedStage):
+    """One whose second batch has something to tell."""
+
+    def write(self, replay_buffer):
+        return as_batch(self.number, notes=["a reward failed"] if self.number == 2 else [])
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_a_batch_has_to_tell_is_shown_once(ray_session, is_async):
+    stage, said = ray.remote(num_cpus=0)(TellingStage).remote(0), []
+    waiting = Waiting(60, said.append, lambda: "the engine is idle")
+    if is_async:
+        collector = BackgroundCollector(stage, "buffer", 3, batches_ahead=None, waiting=waiting)
+        collector.start()
+        assert len(finish(collector)) == 3
+    else:
+        assert len(list(CollectorClient(stage, "buffer", 3, overlap=False, waiting=waiting, turns=Turns()))) == 3
+    assert said == ["a reward failed"]
 
 
 @pytest.fixture
@@ -439,6 +460,9 @@ class FakeCollector:
     def write(self, replay_buffer):
         print("written to", replay_buffer)
         return [*self.calls, f"write to {replay_buffer}"]
+
+    def close(self):
+        pass
 
 
 def test_the_actor_builds_its_collector_in_its_own_process_and_logs_its_output(ray_session, tmp_path):

@@ -10,9 +10,9 @@ from scripted_engine import ScriptedEngine
 from whole_runs import without_times
 
 from expert_iteration import tiny
+from expert_iteration.chat_template import chat_prompt_ids
 from expert_iteration.engine import Sampling
 from expert_iteration.log_probs import token_log_probs
-from expert_iteration.models import chat_prompt_ids
 
 OVERRIDES = (
     *THREE_BATCHES,
@@ -80,6 +80,19 @@ def test_the_policy_comes_to_prefer_what_is_rewarded(done, start_run, tiny_token
     # Measured: 0.15 up, and 0.71 down with the reward that prefers the other responses.
     assert careful > start + 0.05
     assert hasty < start - 0.3
+
+
+def test_rewards_that_fail_cost_their_responses_only(start_run, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "def picky(problems, responses):\n    return [1 / ('<answer>' in text) + len(text) for text in responses]\n"
+    )
+    functions = f"reward.fn=[tiny,{tmp_path / 'rewards.py'}:picky]"
+    run = start_run(functions, "reward.weights=[1,0.01]", "reward.workers=1", "reward.timeout=60")
+    failures, kept = values(run, "collector/reward_failures"), values(run, "selection/nonfinite_rewards")
+    assert sum(failures) == kept[-1] > 0
+    assert run.summary["responses_kept"] > 0
+    assert len(values(run, "eval/reward_failures")) == 2
+    assert set(values(run, "collector/reward/picky")) != set()
 
 
 def test_the_engine_ends_with_the_weights_of_the_last_step(done):

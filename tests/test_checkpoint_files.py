@@ -84,7 +84,7 @@ def test_what_is_wrong_with_a_damaged_one_is_said_and_the_one_before_is_taken(tm
 
 def test_one_of_another_version_is_no_damage_to_pass_over(tmp_path):
     age_manifest(save(tmp_path, 3))
-    with pytest.raises(UserError, match=r"another version \(format 0, this one has 1\)"):
+    with pytest.raises(UserError, match=r"another version \(format 0, this one has 2\)"):
         newest_whole(tmp_path)
 
 

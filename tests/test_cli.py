@@ -125,7 +125,7 @@ def test_help_names_what_is_there(tmp_path):
         ("sync", ["--config-name", "ei_ifeval"], ["device (cuda)", "make demo", "device=cpu"]),
         ("sync", ["train.topk_size=64"], ["train.topk_size (64) cannot exceed env.repeats (32)"]),
         ("sync", ["train.topk_size=many"], ["train.topk_size: Value 'many' of type 'str'", "Integer"]),
-        ("sync", ["train.selection=best"], ["train.selection: Invalid value 'best'", "[above_median, random]"]),
+        ("sync", ["train.selection=best"], ["train.selection: Invalid value 'best'", "[above_median, topk, threshold"]),
         ("sync", ["seed=null"], ["seed: null is not allowed"]),
         ("sync", ["train=5"], ["train: Invalid type"]),
         ("sync", ["train={epochz: 3}"], ["train.epochz", "did you mean train.epochs?"]),

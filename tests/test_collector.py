@@ -8,11 +8,13 @@ import torch
 from tensordict import is_leaf_nontensor
 from torchrl.data import LazyStackStorage
 
+from expert_iteration.chat_template import chat_prompt_ids
 from expert_iteration.collector import ExpertCollector
 from expert_iteration.engine import Completion, Sampling
 from expert_iteration.environment import make_task_env
-from expert_iteration.models import chat_prompt_ids
+from expert_iteration.judging import Judge
 from expert_iteration.policy import EnginePolicy
+from expert_iteration.prompt_stream import PromptStream
 from expert_iteration.reference import RetrieveLogProb
 from expert_iteration.replay_buffer import ExpertReplayBuffer
 from expert_iteration.row_keys import STORED_KEYS
@@ -83,6 +85,8 @@ class FakeRecords:
 def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_token=True, topk=TOPK, **options):
     """An `ExpertCollector` with everything it works with as attributes of one object."""
     task = Task("digits", SYSTEM_PROMPT, PROBLEMS, [], reward_is_the_number, reward_is_the_number, bool)
+    prompts = PromptStream(PROBLEMS, seed, state=options["state"]["prompts"] if "state" in options else None)
+    judge = Judge(task)
     parts = SimpleNamespace(
         engine=FakeEngine(tokenizer, texts),
         reference=FakeReference(),
@@ -97,9 +101,9 @@ def make_collector(tokenizer, *, texts=TEXTS, num_envs=8, seed=0, keep_stop_toke
         ),
     )
     parts.collector = ExpertCollector(
-        make_env=lambda first_group: make_task_env(
-            task, tokenizer, num_envs=num_envs, repeats=REPEATS, seed=seed, first_group=first_group
-        ),
+        make_env=lambda: make_task_env(task, tokenizer, prompts, judge, num_envs=num_envs, repeats=REPEATS),
+        prompts=prompts,
+        judge=judge,
         policy=EnginePolicy(
             parts.engine, tokenizer, Sampling(max_tokens=3), seed=seed, keep_stop_token=keep_stop_token
         ),
@@ -368,7 +372,7 @@ def test_a_collector_goes_on_where_another_stood(tiny_tokenizer, num_envs):
     whole = make_collector(tiny_tokenizer, num_envs=num_envs)
     collect(whole, batches=2)
     state = whole.buffer.state_dict()["_writer_state"]
-    assert (state["num_written"], state["turns"], state["next_group"]) == (2, 2 * TURNS, 2 * TURNS // REPEATS)
+    assert (state["num_written"], state["turns"]) == (2, 2 * TURNS)
     other = make_collector(tiny_tokenizer, num_envs=num_envs, state=state)
     asked = len(whole.engine.calls)
     assert collect(other) == collect(whole)

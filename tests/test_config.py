@@ -57,7 +57,7 @@ def test_every_task_composes_in_every_mode(task, mode):
 
 
 def test_there_are_the_published_files():
-    assert {"ei_gsm8k", "ei_ifeval", "ei_tiny"} <= set(TASKS)
+    assert {"ei_gsm8k", "ei_ifeval", "ei_math", "ei_countdown", "ei_tiny"} <= set(TASKS)
     assert MODES == ["async", "sync"]
 
 
@@ -74,6 +74,8 @@ def test_gsm8k_has_the_published_values_and_our_mended_ones():
         "model.name": "Qwen/Qwen2.5-3B",
         "train.mixed_precision": True,
         "train.topk_size": 4,
+        "train.selection": "topk",
+        "train.min_reward": 0.5,
         "train.total_dialog_turns": 100_000,
         "train.dialog_turns_per_batch": 256,
         "train.buffer_size": None,
@@ -132,6 +134,8 @@ def test_ifeval_differs_where_the_published_one_does():
         "env.dataset": ("gsm8k", "ifeval"),
         "env.num_envs": (256, 128),
         "model.name": ("Qwen/Qwen2.5-3B", "Qwen/Qwen2.5-7b"),
+        "train.selection": ("topk", "above_median"),
+        "train.min_reward": (0.5, None),
         "train.optim_batch_size": (4, 2),
         "train_model.num_devices": (1, 4),
         "inference_model.num_devices": (1, 2),
@@ -258,7 +262,8 @@ def test_same_configuration_as_plain_data():
         ("env.dataset=mnist", "tiny, gsm8k, ifeval"),
         ("device=tpu", "auto, cpu, cuda"),
         ("train.loss_function=dpo", "sft, minor_sft"),
-        ("train.selection=best", "above_median, random"),
+        ("train.selection=best", "above_median, topk, threshold, percentile, random"),
+        ("train.selection_ties=longest", "first, shortest, random"),
         ("train.restart_from=start", "current, base"),
         ("optimizer.name=Lion", "AdamW, Adam, SGD"),
         ("optimizer.scheduler.type=step", "cosine_with_warmup, linear, constant"),
@@ -325,7 +330,7 @@ def test_added_unknown_key_is_refused():
         ("inference_model.temprature", "did you mean inference_model.temperature?"),
         ("optimizer.schedular", "did you mean optimizer.scheduler?"),
         ("logging.checkpointdir", "did you mean logging.checkpoint_dir?"),
-        ("reward.zzz", "reward has fn."),
+        ("reward.zzz", "reward has fn, weights,"),
         ("zzz", "the top level has seed, resume, resume_from, device"),
         ("train.exp_name", "use logging.experiment_name."),
         ("logging.checkpoint_frequency", "use train.checkpoint_frequency."),
@@ -356,11 +361,12 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
-    for name in ("data.jsonl", "my_reward.py"):
+    for name in ("data.jsonl", "my_reward.py", "mine.jinja"):
         (tmp_path / name).touch()
     cfg = load(
         {
             "model.name": "./model",
+            "model.chat_template": "mine.jinja",
             "env.dataset": "gsm8k",
             "env.dataset_path": "data.jsonl",
             "reward.fn": "my_reward.py:score",
@@ -370,8 +376,13 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
         }
     )
     assert cfg.model.name == str(tmp_path / "model")
+    assert cfg.model.chat_template == str(tmp_path / "mine.jinja")
+    assert load({"model.chat_template": "plain"}).model.chat_template == "plain"
     assert cfg.env.dataset_path == str(tmp_path / "data.jsonl")
     assert cfg.reward.fn == f"{tmp_path / 'my_reward.py'}:score"
+    several = load({"reward.fn": ["my_reward.py:score", "tiny"], "reward.openai_prompt": "data.jsonl"})
+    assert several.reward.fn == [f"{tmp_path / 'my_reward.py'}:score", "tiny"]
+    assert several.reward.openai_prompt == str(tmp_path / "data.jsonl")
     assert cfg.tiny.cache_dir == str(tmp_path / "cache")
     assert cfg.train.from_expert_set == str(tmp_path / "data.jsonl")
     assert cfg.logging.checkpoint_dir == str(tmp_path / "checkpoints")
@@ -399,6 +410,16 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
         ("shares_are_fractions", {key: value}, "sync", [key, str(value), "above 0 and at most 1"])
         for key in validation.SHARES
         for value in (0, 1.5, -0.5, math.nan)
+    ],
+    *[
+        ("rewards_to_reach_are_finite", {key: value}, "sync", [key, str(value), "must be a finite number"])
+        for key in validation.FINITE
+        for value in (math.nan, -math.inf)
+    ],
+    *[
+        ("percentiles_leave_something", {key: value}, "sync", [key, str(value), "0 or more and below 100"])
+        for key in validation.PERCENTILES
+        for value in (100, -1, math.nan)
     ],
     ("seeds_fit_every_generator", {"seed": -1}, "sync", ["seed (-1)"]),
     ("seeds_fit_every_generator", {"tiny.model_seed": 2**32}, "sync", ["tiny.model_seed"]),
@@ -642,16 +663,103 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("model_exists", {"model.name": "~/no/such/model"}, "sync", ["/no/such/model", "config.json"]),
     ("model_exists", {"model.name": "Qwen 2.5"}, "sync", ["'Qwen 2.5'", "hub id"]),
     ("model_exists", {"model.name": ""}, "sync", ["model.name ('')", "hub id"]),
-    ("dataset_path_exists", {"env.dataset_path": "data.jsonl"}, "sync", ["env.dataset=tiny", "no effect"]),
+    ("chat_template_file_exists", {"model.chat_template": "/none/mine.jinja"}, "sync", ["(/none/mine.jinja)", "null"]),
+    *[
+        ("tiny_has_no_other_data", {key: "/data"}, "sync", [f"{key} (/data)", "env.dataset=tiny", "no effect"])
+        for key in ("env.dataset_path", "env.dataset_name")
+    ],
+    (
+        "data_have_one_place",
+        {"env.dataset": "gsm8k", "env.dataset_path": str(CONFIG_DIR), "env.dataset_name": "a/b"},
+        "sync",
+        [f"env.dataset_path ({CONFIG_DIR})", "env.dataset_name (a/b)", "one of them to null"],
+    ),
     (
         "dataset_path_exists",
         {"env.dataset": "gsm8k", "env.dataset_path": "/no/such/data"},
         "sync",
         ["env.dataset_path (/no/such/data) does not exist"],
     ),
+    *[
+        (
+            "dataset_name_is_a_hub_name",
+            {"env.dataset": "gsm8k", "env.dataset_name": name},
+            "sync",
+            [f"env.dataset_name ({name})", "openai/gsm8k", "env.dataset_path"],
+        )
+        for name in ("./data", "a b", "/data/rows.jsonl", "..")
+    ],
+    (
+        "custom_data_have_a_place",
+        {"env.dataset": "custom", "env.answer_column": "a"},
+        "sync",
+        ["env.dataset=custom", "env.dataset_path", "env.dataset_name"],
+    ),
+    (
+        "custom_data_have_a_reward",
+        {"env.dataset": "custom", "env.dataset_path": str(CONFIG_DIR)},
+        "sync",
+        ["env.answer_column", "reward.fn or reward.openai_url"],
+    ),
+    *[
+        (
+            "evaluation_has_a_split_of_its_own",
+            {"env.dataset": "gsm8k", "env.split": split, "env.eval_split": split or "train"},
+            "sync",
+            [f"env.eval_split ({split or 'train'})", "name another"],
+        )
+        for split in ("dev", None)
+    ],
+    (
+        "prompt_and_answer_are_two_columns",
+        {"env.dataset": "gsm8k", "env.prompt_column": "text", "env.answer_column": "text"},
+        "sync",
+        ["env.prompt_column and env.answer_column (text)"],
+    ),
     ("reward_function_has_a_place", {"reward.fn": "score"}, "sync", ["reward.fn (score)", "package.module:function"]),
+    ("reward_function_has_a_place", {"reward.fn": ["tiny", "gsm9k"]}, "sync", ["reward.fn (gsm9k)", "gsm8k_granular"]),
+    ("reward_function_has_a_place", {"reward.fn": []}, "sync", ["reward.fn ([])", "null"]),
+    ("reward_function_has_a_place", {"reward.fn": 3}, "sync", ["reward.fn (3)", "file.py:function"]),
     ("reward_function_has_a_place", {"reward.fn": "a b:score"}, "sync", ["reward.fn (a b:score)"]),
     ("reward_function_has_a_place", {"reward.fn": "/no/such.py:score"}, "sync", ["/no/such.py does not exist"]),
+    (
+        "summed_rewards_have_different_names",
+        {"reward.fn": ["tiny", "my.rewards:tiny"]},
+        "sync",
+        ["names tiny twice", "rename one"],
+    ),
+    (
+        "reward_weights_belong_to_functions",
+        {"reward.fn": "tiny", "reward.weights": [1.0]},
+        "sync",
+        ["reward.weights ([1.0])", "reward.fn (tiny)", "list"],
+    ),
+    ("reward_weights_belong_to_functions", {"reward.weights": [1.0]}, "sync", ["reward.weights ([1.0])", "list"]),
+    *[
+        (
+            "reward_weights_belong_to_functions",
+            {"reward.fn": ["tiny", "gsm8k"], "reward.weights": weights},
+            "sync",
+            ["reward.weights", "must be 2 finite numbers"],
+        )
+        for weights in ([1.0], [1.0, math.nan])
+    ],
+    ("openai_reward_has_an_address", {"reward.fn": "openai"}, "sync", ["reward.openai_url (null)", "http://host"]),
+    ("openai_reward_has_an_address", {"reward.openai_url": "host:8000"}, "sync", ["(host:8000)", "http://host"]),
+    (
+        "openai_prompt_exists",
+        {"reward.openai_prompt": "/no/such/prompt"},
+        "sync",
+        ["reward.openai_prompt (/no/such/prompt) is no file"],
+    ),
+    (
+        "workers_wait_for_the_server",
+        {"reward.openai_url": "http://host:8000/v1", "reward.workers": 2},
+        "sync",
+        ["reward.timeout (10)", "reward.openai_timeout (60)", "reward.workers=0"],
+    ),
+    ("verifier_has_a_time_limit", {"env.dataset": "math"}, "sync", ["reward.workers (0)", "reward.workers=2"]),
+    ("verifier_has_a_time_limit", {"reward.fn": ["tiny", "math"]}, "sync", ["reward.workers (0)"]),
     ("wandb_can_be_reached", {"logging.mode": "online"}, "sync", ["WANDB_API_KEY", "logging.mode=offline"]),
     (
         "wandb_can_be_reached",
@@ -727,6 +835,7 @@ def test_every_number_is_bounded():
     """A number that no rule looks at would be passed on whatever it is."""
     elsewhere = {"seed", "tiny.model_seed", "optimizer.betas", "train_model.lora.dropout"}
     bounded = {*validation.AT_LEAST_ONE, *validation.AT_LEAST_ZERO, *validation.ABOVE_ZERO, *validation.SHARES}
+    bounded |= {*validation.FINITE, *validation.PERCENTILES}
     assert {key for key in keys.leaf_keys() if is_number(key)} == bounded | elsewhere
 
 
@@ -792,6 +901,14 @@ def is_number(key: str) -> bool:
         ({"train_model.num_devices": 2, "inference_model.num_devices": 2, "ref_model.num_devices": 2}, "sync"),
         ({"optimizer.scheduler.warmup_steps": 10}, "sync"),
         ({"reward.fn": "my.rewards:score"}, "sync"),
+        ({"reward.fn": ["gsm8k_granular", "my.rewards:score"], "reward.weights": [1.0, -0.5]}, "sync"),
+        ({"reward.fn": ["tiny", "openai"], "reward.openai_url": "https://host/v1"}, "sync"),
+        ({"env.dataset": "math", "reward.workers": 1}, "sync"),
+        ({"reward.openai_url": "http://host:1/v1", "reward.workers": 2, "reward.timeout": 100.0}, "sync"),
+        ({"env.dataset": "custom", "env.dataset_name": "a/b", "env.answer_column": "a"}, "sync"),
+        ({"env.dataset": "custom", "env.dataset_path": str(CONFIG_DIR), "reward.fn": "my.rewards:score"}, "async"),
+        ({"env.dataset": "custom", "train.from_expert_set": str(CONFIG_DIR)}, "sync"),
+        ({"env.dataset": "countdown", "env.split": "test"}, "sync"),
         ({"model.name": "gpt2"}, "sync"),
         ({"model.name": "some-org/Some.Model_1"}, "sync"),
         ({"logging.backend": "none"}, "sync"),

@@ -22,10 +22,16 @@ HUB = ["model.name=gpt2"]
 ASYNC = ["mode=async"]
 EVEN = ["train.prioritized_sampling=false"]
 LORA = ["train_model.lora.enabled=true"]
+JUDGED = ["reward.openai_url=http://host:8000/v1"]
 TRANSFORMERS = ["inference_model.backend=transformers"]
 NO_CACHE = ["inference_model.kv_cache_gib=null"]
 CUDA = ["device=cuda", *NO_CACHE]
 
+COLUMNS = ["env.prompt_column=q", "env.answer_column=a"]
+# Data, as far as the configuration looks at them.
+ROWS = [f"env.dataset_path={Path(__file__).parent}"]
+CUSTOM = ["env.dataset=custom", *ROWS]
+OTHER_COUNTDOWN = ["env.dataset=countdown", "env.dataset_name=ORG/DATA"]
 # An expert set, as far as the configuration looks at it.
 SET = [f"train.from_expert_set={Path(__file__).parent}"]
 
@@ -38,6 +44,17 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
         ["train.mixed_precision=true"],
         "mixed_precision=false",
     ),
+    *[
+        (override, data, ["env.dataset=gsm8k"], "makes its own problems")
+        for override in ("env.dataset_config=c", "env.split=a", "env.eval_split=b", *COLUMNS)
+        for data in ([], ["env.dataset=countdown"])
+    ],
+    *[(column, OTHER_COUNTDOWN, ["env.dataset=gsm8k"], "columns nums and target") for column in COLUMNS],
+    ("env.answer_column=a", ["env.dataset=ifeval"], ["env.dataset=gsm8k"], "no answers"),
+    ("env.dataset_config=c", [*ROWS, "env.dataset=gsm8k"], ["env.dataset=gsm8k"], "in place of a data set of the hub"),
+    ("reward.answer_mode=boxed", [], ["env.dataset=gsm8k"], "several forms"),
+    ("reward.answer_mode=boxed", [*CUSTOM, "reward.fn=gsm8k"], [*CUSTOM, "env.answer_column=a"], "several forms"),
+    ("env.skip_hopeless_after=2", ["env.skip_solved=0"], ["env.skip_solved=1"], "env.skip_solved=0"),
     (
         "train.minor_sft_beta=0.2",
         ["train.loss_function=sft"],
@@ -52,7 +69,14 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
             (("train.accumulate_expert_set=true", "train.restart_from=base", "train.sync_iter=false"), [], []),
             (("train.empty_replay_buffer=false", "train.collection_timeout=9", "ref_model.refresh_every=2"), [], []),
             (("train.buffer_size=1000", "train.max_policy_age=2"), [], ["train.empty_replay_buffer=false"]),
-            ((f"env.dataset_path={Path(__file__).parent}",), ["env.dataset=gsm8k"], []),
+            (("train.dedup=true", "train.min_reward=1", "train.selection_ties=shortest"), [], []),
+            (("train.selection_threshold=0.5",), [], ["train.selection=threshold"]),
+            (("train.selection_percentile=9", "train.selection_percentile_end=80"), [], ["train.selection=percentile"]),
+            ((*ROWS, "env.split=a", "env.eval_split=b", *COLUMNS), ["env.dataset=gsm8k"], []),
+            (("env.dataset_name=ORG/DATA", "env.dataset_config=c"), ["env.dataset=gsm8k"], []),
+            (("env.max_prompts=9", "env.shuffle=false", "env.skip_solved=1"), [], []),
+            (("env.skip_hopeless_after=2",), [], ["env.skip_solved=1"]),
+            (("reward.answer_mode=boxed",), ["env.dataset=gsm8k"], []),
             (("inference_model.backend=transformers", "inference_model.num_devices=2"), [], []),
             (("inference_model.num_replicas=2", "inference_model.num_threads=1"), [], []),
             (("inference_model.enforce_eager=false", "inference_model.enable_prefix_caching=false"), [], []),
@@ -65,11 +89,31 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
             (("eval.frequency=1", "eval.num_prompts=10", "eval.num_samples=2", "eval.k=2"), [], []),
             (("eval.temperature=0.5", "eval.metric=greedy", "expert_set.save=true"), [], []),
             (("expert_set.token_ids=true",), [], ["expert_set.save=true"]),
+            (("reward.weights=null", "reward.workers=2", "reward.pass_threshold=0.5"), [], []),
+            (("reward.timeout=3",), [], ["reward.workers=2"]),
+            (("reward.openai_url=http://host/v1",), [], []),
+            (("reward.openai_model=a", "reward.openai_kind=judge", "reward.openai_concurrency=2"), [], JUDGED),
+            (("reward.openai_retries=1", "reward.openai_timeout=9"), [], JUDGED),
+            ((f"reward.openai_prompt={__file__}",), [], JUDGED),
         )
         for override in overrides
     ],
     ("expert_set.token_ids=true", [], ["expert_set.save=true"], "expert_set.save=false"),
     ("train.buffer_size=100", [], ["train.empty_replay_buffer=false"], "empty_replay_buffer=true"),
+    ("reward.timeout=3", [], ["reward.workers=2"], "reward.workers=0"),
+    ("reward.openai_url=http://host/v1", ["reward.fn=tiny"], ["reward.fn=openai"], "names no openai"),
+    *[
+        (f"reward.openai_{override}", idle, JUDGED, "a server's judge")
+        for override in ("model=a", "kind=judge", f"prompt={__file__}", "concurrency=2", "retries=1", "timeout=9")
+        for idle in ([], ["reward.fn=tiny"])
+    ],
+    (f"reward.openai_prompt={__file__}", [*JUDGED, "reward.openai_kind=reward_model"], JUDGED, "in words"),
+    (
+        "reward.openai_concurrency=2",
+        [*JUDGED, "reward.workers=2", "reward.timeout=100"],
+        JUDGED,
+        "one response at a time",
+    ),
     ("train.stop_patience=3", ["eval.frequency=0"], ["eval.frequency=1"], "before and after the run only"),
     ("train.total_optimizer_steps=100", [], ASYNC, "train.epochs"),
     ("train.max_ahead=64", [], ASYNC, "train.sync_iter"),
@@ -113,6 +157,30 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
         (f"train.prioritized_sampling{override}", [*ASYNC, "train.selection=random"], ASYNC, "the control")
         for override in ("=true", "_alpha=0.5", "_beta=0.5", "_epsilon=0.05")
     ],
+    ("train.selection_threshold=0.5", [], ["train.selection=threshold"], "selection=threshold has one"),
+    (
+        "train.selection_threshold=0.5",
+        ["train.selection=threshold", "train.min_reward=0.6"],
+        ["train.selection=threshold"],
+        "train.min_reward, which is higher",
+    ),
+    (
+        "train.min_reward=0.5",
+        ["train.selection=threshold", "train.selection_threshold=0.5"],
+        ["train.selection=topk"],
+        "train.selection_threshold, which is no less",
+    ),
+    *[
+        (override, [], ["train.selection=percentile"], "selection=percentile has one")
+        for override in ("train.selection_percentile=20", "train.selection_percentile_end=80")
+    ],
+    ("train.selection_ties=shortest", ["train.selection=random"], [], "there are no ties"),
+    (
+        "train.selection_ties=first",
+        ["train.selection=random"],
+        ["train.selection=random", "train.dedup=true"],
+        "there are no ties",
+    ),
     *[
         ("train.kl_to_ref_schedule.end=0.01", mode, [*mode, f"train.kl_to_ref_schedule.type={shape}"], "type=constant")
         for mode in ([], ASYNC)

@@ -15,12 +15,12 @@ import torch
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expert_iteration.chat_template import chat_prompt_ids, end_of_turn_id
 from expert_iteration.cli import compose_config
 from expert_iteration.engine import Sampling
 from expert_iteration.engine_client import CONCURRENCY_GROUPS, EngineActor, EngineClient, EnginePool
 from expert_iteration.errors import UserError
 from expert_iteration.lora import add_adapters
-from expert_iteration.models import chat_prompt_ids, end_of_turn_id
 from expert_iteration.policy_reader import PolicyReader
 from expert_iteration.resolve import resolve_config
 from expert_iteration.tiny import SYSTEM_PROMPT, heldout_problems

@@ -1,15 +1,15 @@
-"""`expert_iteration.environment`: which prompts come in which order, how they are written, how responses are judged."""
-
-from itertools import islice
+"""`expert_iteration.environment`: how prompts are written, how responses are judged."""
 
 import pytest
 import torch
 from chat_tokenizers import llama_tokenizer
 
+from expert_iteration.chat_template import chat_prompt_ids
 from expert_iteration.engine import Completion, Sampling
-from expert_iteration.environment import PromptStream, make_task_env
-from expert_iteration.models import chat_prompt_ids
+from expert_iteration.environment import make_task_env
+from expert_iteration.judging import Judge
 from expert_iteration.policy import EnginePolicy
+from expert_iteration.prompt_stream import PromptStream
 from expert_iteration.tasks import Problem, Task
 
 PROBLEMS = [Problem(f"What is {n} + {n}?", f"#### {2 * n}") for n in range(7)]
@@ -24,41 +24,7 @@ def contains_answer(problems, responses):
 
 def make_env(tokenizer, problems=PROBLEMS, *, num_envs=4, repeats=2, seed=0, system_prompt="Be brief."):
     task = Task("sums", system_prompt, problems, [], contains_answer, contains_answer, bool)
-    return make_task_env(task, tokenizer, num_envs=num_envs, repeats=repeats, seed=seed)
-
-
-def draw(seed, count, problems=PROBLEMS):
-    return list(islice(PromptStream(problems, seed), count))
-
-
-def epochs(seed, count):
-    """The order of the problems in each of the first epochs."""
-    indices = [item["prompt_index"] for item in draw(seed, count * len(PROBLEMS))]
-    return [indices[start : start + len(PROBLEMS)] for start in range(0, len(indices), len(PROBLEMS))]
-
-
-# --- the stream of prompts ---
-
-
-def test_the_order_of_prompts_repeats_for_a_seed():
-    stream = PromptStream(PROBLEMS, seed=3)
-    assert list(islice(stream, 20)) == list(islice(stream, 20)) == draw(3, 20)
-
-
-def test_another_seed_and_another_epoch_have_another_order():
-    orders = [tuple(epoch) for seed in (0, 1, 2) for epoch in epochs(seed, 3)]
-    assert len(set(orders)) == 9
-
-
-def test_every_problem_comes_once_an_epoch():
-    for epoch in epochs(seed=5, count=3):
-        assert sorted(epoch) == list(range(len(PROBLEMS)))
-
-
-def test_the_group_id_counts_the_draws():
-    items = draw(0, 3 * len(PROBLEMS))
-    assert [item["group_id"] for item in items] == list(range(len(items)))
-    assert all(item["query"] == PROBLEMS[item["prompt_index"]].question for item in items)
+    return make_task_env(task, tokenizer, PromptStream(problems, seed), Judge(task), num_envs=num_envs, repeats=repeats)
 
 
 # --- how a prompt is written ---

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from expert_iteration.best import Best
+from expert_iteration.chat_template import chat_prompt_ids
 from expert_iteration.engine import Completion, Sampling
 from expert_iteration.evaluation import Evaluator, probe_sequences
-from expert_iteration.models import chat_prompt_ids
+from expert_iteration.judging import Judge
 from expert_iteration.tasks import Problem, Task
 
 SYSTEM_PROMPT = "Be brief."
@@ -66,10 +67,12 @@ class FakeMetrics:
 def make_evaluator(tiny_tokenizer):
     def make(seed=0, num_report=2, k=2, metric="pass@1", patience=None, on_best=lambda: None, say=print):
         engine, metrics = FakeEngine(tiny_tokenizer), FakeMetrics()
+        task = Task("sums", SYSTEM_PROMPT, [], HELDOUT, reward_or_length, is_right, is_odd)
         evaluator = Evaluator(
             engine,
             tiny_tokenizer,
-            Task("sums", SYSTEM_PROMPT, [], HELDOUT, reward_or_length, is_right, is_odd),
+            task,
+            Judge(task),
             Sampling(max_tokens=9, temperature=0.7, top_p=0.9, num_samples=2),
             k=k,
             best=Best(metric, patience),
@@ -99,6 +102,7 @@ def test_figures_are_those_worked_out_by_hand(make_evaluator, tiny_tokenizer):
         "response_length": pytest.approx(sum(lengths) / 6),
         "truncation_rate": pytest.approx(1 / 6),
         "format_rate": pytest.approx(3 / 6),
+        "reward_failures": 0.0,
     }
 
 

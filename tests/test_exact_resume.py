@@ -54,8 +54,22 @@ CASES = {
         "optimizer.lr=1e-3",
     ),
     "iterations from the start model": ("train.restart_from=base",),
-    "a reference that follows": ("ref_model.refresh_every=2", "expert_set.save=true"),
+    "a reference and a percentile that follow the run": (
+        "ref_model.refresh_every=2",
+        "expert_set.save=true",
+        "train.selection=percentile",
+        "train.selection_percentile=20",
+        "train.selection_ties=random",
+        "train.dedup=true",
+        "train.min_reward=0.05",
+    ),
     "random control": ("train.selection=random", "env.num_envs=4"),
+    "prompts that are passed over": (
+        "env.max_prompts=8",
+        "env.repeats=4",
+        "env.skip_solved=1",
+        "env.skip_hopeless_after=1",
+    ),
     "asynchronous": ("train.deterministic=true", "train.weight_update_frequency=3"),
 }
 

@@ -13,11 +13,11 @@ from tensordict import TensorDict, lazy_stack
 from whole_runs import Run, shown, without_times
 
 from expert_iteration import tiny
+from expert_iteration.chat_template import chat_prompt_ids, end_of_turn_id
 from expert_iteration.checkpoint_files import open_checkpoint
 from expert_iteration.errors import UserError
 from expert_iteration.expert_set import SCHEMA, ExpertSetWriter, drop_shards_after
 from expert_iteration.expert_set_reader import ExampleEncoder, digest_of_examples, read_expert_set
-from expert_iteration.models import chat_prompt_ids, end_of_turn_id
 from expert_iteration.tasks import Problem, Task
 
 SYSTEM_PROMPT = "Answer with a digit."
@@ -40,6 +40,7 @@ def a_row(text, reward, *, group=0, problem=0, **entries):
             ("tokens", "prompt"): torch.tensor([7, 8]),
             ("tokens", "response"): torch.tensor([1, 2, 3]),
             ("next", "reward"): torch.tensor([reward]),
+            ("next", "correct"): torch.tensor([text == PROBLEMS[problem].answer]),
             "group_id": torch.tensor(group),
             "prompt_index": torch.tensor(problem),
             "policy_version": torch.tensor(5),
@@ -416,6 +417,7 @@ def test_others_texts_train_too_and_adapters_bring_their_reference(train_on, tmp
     assert shown(run.lines, "train/kl_to_ref")[-1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_whole_run_on_a_set_needs_no_engine(tmp_path, warm_tiny_model):
     problems = tiny.train_problems()[:40]

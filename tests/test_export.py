@@ -11,10 +11,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
+from expert_iteration.chat_template import chat_prompt_ids
 from expert_iteration.checkpoint_files import tidy
 from expert_iteration.errors import UserError
 from expert_iteration.export import Exporter, make_generation_config, save_pretrained
-from expert_iteration.models import chat_prompt_ids
 from expert_iteration.policy_reader import PolicyReader
 from expert_iteration.transformers_engine import TransformersEngine
 
@@ -85,12 +85,14 @@ def test_the_folder_scores_as_the_policy_does(
 
 
 def test_the_adapters_alone_give_the_policy_too(
-    load_tiny_model, make_exporter, sequences, tmp_path, tiny_folder, make_cfg
+    load_tiny_model, make_exporter, sequences, tmp_path, tiny_folder, tiny_tokenizer
 ):
     policy = random_policy(load_tiny_model())
     make_exporter(policy, LORA).export(tmp_path / "last", card="")
     folder = tmp_path / "last" / "adapters"
-    assert files(folder) == {"adapter_config.json", "adapter_model.safetensors"}
+    tokenizer_files = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert files(folder) == {"adapter_config.json", "adapter_model.safetensors"} | tokenizer_files
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tiny_tokenizer.chat_template
     loaded = PeftModel.from_pretrained(load_tiny_model(), folder)
     assert PolicyReader().score(loaded, sequences) == PolicyReader().score(policy, sequences)
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_folder)

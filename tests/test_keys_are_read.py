@@ -8,7 +8,7 @@ from expert_iteration.cli import CONFIG_DIR
 from expert_iteration.config import Config
 
 REPO = CONFIG_DIR.parent
-NOT_READERS = {"keys.py", "validation.py", "resolve.py", "cli.py", "effects.py"}
+NOT_READERS = {"keys.py", "validation.py", "resolve.py", "cli.py", "effects.py", "reward_rules.py"}
 SECTION_OF_CLASS = {
     Config.__annotations__[section].__name__: section for section in keys.sections() if "." not in section
 } | {"SchedulerConfig": "optimizer.scheduler", "Config": ""}

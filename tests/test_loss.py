@@ -1,5 +1,7 @@
 """`expert_iteration.loss`: log-probs of sampled ids, SFT, MinorSFT and KL to the reference."""
 
+import copy
+
 import pytest
 import torch
 from builders import random_model
@@ -16,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from expert_iteration.errors import UserError
 from expert_iteration.log_probs import pad_rows, token_log_probs
 from expert_iteration.loss import SFTLoss, pad_batch
+from expert_iteration.tiny import CHAT_TEMPLATE
 
 VOCABULARY = 300
 SHAPES = [(3, 5), (6, 2), (1, 9), (4, 4)]
@@ -381,3 +384,14 @@ def test_tokenizer_kwargs_choose_the_template_of_histories_and_stay_the_callers(
         assert kwargs == {"chat_template_name": name}
     # Qwen's template puts a system message first, which changes every log-prob.
     assert abs(losses["qwen"] - losses["chatml_format"]) > 1e-3
+
+
+def test_histories_are_put_into_the_tokenizers_own_template_by_default(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHAT_TEMPLATE
+    kwargs = {"default": {}, "own": {"chat_template": CHAT_TEMPLATE}, "other": {"chat_template": "x" + CHAT_TEMPLATE}}
+    model, losses = random_model(VOCABULARY), {}
+    for name in kwargs:
+        losses[name] = SFTLoss(model, own, tokenizer_kwargs=kwargs[name])(history_batch()).loss_sft.item()
+    assert losses["default"] == losses["own"]
+    assert abs(losses["default"] - losses["other"]) > 1e-3

@@ -82,6 +82,20 @@ def test_the_control_and_adapters_are_named(make_cfg, run_dir):
     assert "| `optimizer.lr` | 0.0001 |" in card
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["topk", "train.min_reward=0.5"], "the best, where not all have the same reward"),
+        (["threshold", "train.selection_threshold=0.25"], "a reward of at least 0.25"),
+        (["percentile"], "goes from 50 to 90"),
+    ],
+)
+def test_every_rule_of_selection_is_named(make_cfg, run_dir, overrides, words):
+    card = model_card(make_cfg(f"train.selection={overrides[0]}", *overrides[1:]), TASK, SUMMARY, run_dir)
+    assert words in card
+    assert ("| `train.min_reward` | 0.5 |" in card) == ("train.min_reward=0.5" in overrides)
+
+
 def test_without_evaluations_it_has_no_scores(make_cfg, run_dir, tmp_path):
     cfg = make_cfg()
     cfg.train.from_expert_set = "/a/folder"

@@ -43,7 +43,9 @@ def blocks(language):
 
 
 def commands(first_word):
-    lines = (line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines())
+    lines = (
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
+    )
     return [line for line in lines if line.split()[:1] == [first_word]]
 
 
@@ -87,7 +89,7 @@ def flat(section, prefix=""):
 
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_every_yaml_snippet_of_the_readme_names_real_keys(block):
-    overrides = [f"{key}={value}" for key, value in flat(yaml.safe_load(block))]
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in flat(yaml.safe_load(block))]
     assert all(keys.is_known(override.split("=")[0]) for override in overrides)
     resolve_config(compose_config("ei_gsm8k", overrides=[*overrides, "device=cpu"]), "sync")
 

@@ -22,10 +22,11 @@ from run_directories import (
 )
 
 from expert_iteration.charts import CHARTS, MAX_POINTS, draw, draw_all
+from expert_iteration.config import Selection
 from expert_iteration.metrics import Metrics
 from expert_iteration.report import ROWS_AT_ONCE, describe_time, main, print_summary, read_jsonl, write_report
 from expert_iteration.report_facts import describe_selection, list_facts, read_config
-from expert_iteration.report_series import Point
+from expert_iteration.report_series import Point, collect_series
 
 ROOT = Path(__file__).resolve().parent.parent
 ONLY_IF_CHANGING = {chart.title for chart in CHARTS if not chart.if_constant}
@@ -278,6 +279,33 @@ def test_the_control_is_called_one():
     config = {"train.selection": "random", "train.topk_size": 2, "env.repeats": 8}
     assert describe_selection(config).startswith("random, the control: at most 2 of 8 responses per prompt")
     assert describe_selection({}) is None
+
+
+@pytest.mark.parametrize("selection", list(Selection))
+def test_selection_is_told_with_what_it_depends_on(selection):
+    numbers = {"selection_threshold": 0.25, "selection_percentile": 35, "selection_percentile_end": 85}
+    config = {f"train.{name}": value for name, value in numbers.items()} | {"train.selection": str(selection)}
+    text = describe_selection({**config, "train.topk_size": 2, "env.repeats": 8})
+    assert text.startswith(str(selection))
+    assert "at most 2 of 8 responses" in text
+    assert ("0.25" in text) == (selection is Selection.threshold)
+    assert [value for value in ("35", "85") if value in text] == (["35", "85"] if selection == "percentile" else [])
+    limited = describe_selection({**config, "train.dedup": True, "train.min_reward": 0.75})
+    assert "Duplicates" in limited
+    assert ("0.75" in limited) == (selection is not Selection.random)
+
+
+def test_groups_by_pass_rate_are_bands_that_make_up_the_whole(tmp_path):
+    write_run(tmp_path)
+    chart = next(chart for chart in CHARTS if chart.is_stacked)
+    series = collect_series(read_jsonl(tmp_path / "metrics.jsonl"), chart.curves)
+    figure = draw(chart, series)
+    assert [curve.label for curve in figure.curves][:: len(chart.curves) - 1] == ["none right", "all right"]
+    assert len({curve.color for curve in figure.curves}) == len(chart.curves)
+    assert sum(curve.last for curve in figure.curves) == pytest.approx(1)
+    assert figure.curves[1].last == pytest.approx(2 / 8)
+    assert draw(chart, {name: points[:1] for name, points in series.items()}).curves  # of a single batch, too
+    assert draw(chart, {}).curves == []
 
 
 def test_of_a_configuration_is_read_what_it_has():

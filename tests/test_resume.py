@@ -281,12 +281,16 @@ def test_paths_are_of_where_the_run_was_started_and_so_is_the_configuration(run_
         "    - {path: /home/me/configs, provider: command-line}\n    - {path: /suite/config, provider: main}\n"
     )
     given = ["env.dataset_path=rows.jsonl", "reward.fn=my.py:f", "model.name=ORG/MODEL", "tiny.cache_dir=/abs"]
+    given += ["model.chat_template=mine.jinja", "reward.openai_prompt=judge.txt"]
+    given += ["reward.fn=[tiny,my.py:f,'own, b.py:g',/abs.py:h,my.module:i]"]
     (run_dir / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(given))
     flags, overrides = continued(f"resume_from='{run_dir}'")
     assert flags == ["--config-name", "mine", "--config-dir", "/home/me/configs"]
     assert overrides[2:] == [
         *("env.dataset_path=/home/me/rows.jsonl", "reward.fn=/home/me/my.py:f"),
-        *("model.name=ORG/MODEL", "tiny.cache_dir=/abs"),
+        *("model.name=ORG/MODEL", "tiny.cache_dir=/abs", "model.chat_template=/home/me/mine.jinja"),
+        "reward.openai_prompt=/home/me/judge.txt",
+        "reward.fn=[tiny,/home/me/my.py:f,'/home/me/own, b.py:g',/abs.py:h,my.module:i]",
     ]
 
 

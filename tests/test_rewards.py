@@ -1,19 +1,14 @@
-"""`expert_iteration.rewards` and `ifeval`: the tables of each reward, TorchRL's values, and a user's own function."""
+"""`expert_iteration.rewards` and `reward_registry`: the tables of each reward, and TorchRL's values."""
 
-import logging
 import pickle
-import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from expert_iteration import ifeval, rewards
+from expert_iteration import reward_registry, rewards
 from expert_iteration.errors import UserError
 from expert_iteration.tasks import Problem
-
-ROOT = Path(__file__).parents[1]
 
 
 def answered(text: str) -> str:
@@ -32,7 +27,7 @@ GSM8K_TABLE = [
     (answered("18."), "#### 18", 1.0),
     (answered("-3"), "#### -3", 1.0),
     (answered("7"), "#### 72", 0.1),
-    (answered("72 clips"), "#### 72", 0.1),
+    (answered("3 or 72"), "#### 72", 0.1),
     (answered("5") + answered("72"), "#### 72", 0.1),
     (answered(""), "#### 72", 0.0),
     (answered("  "), "#### 72", 0.0),
@@ -42,20 +37,39 @@ GSM8K_TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("response", "answer", "expected"), GSM8K_TABLE)
-def test_gsm8k_reward(response, answer, expected):
-    assert rewards.gsm8k_reward(response, answer) == expected
-    assert rewards.gsm8k_correct(response, answer) == (expected == 1.0)
+# Where TorchRL compares text, or looks at a thought: its value is the last column.
+GSM8K_DIFFERENCES = [
+    (answered("72 clips"), "#### 72", 1.0, 0.1),
+    (answered("072"), "#### 72", 1.0, 0.1),
+    (answered("144/2"), "#### 72", 1.0, 0.1),
+    (answered(r"\boxed{72}"), "#### 72", 1.0, 0.1),
+    (answered("70 + 2 = 72"), "#### 72", 1.0, 0.1),
+    (answered("\u22123"), "#### -3", 1.0, 0.1),
+    (answered("7,2"), "#### 72", 0.1, 1.0),
+    ("<think><answer>5</answer></think><answer>72</answer>", "#### 72", 1.0, 0.1),
+    ("<think><answer>72</answer></think>", "#### 72", 0.0, 1.0),
+]
 
 
-def test_gsm8k_reward_has_torchrls_values():
+def torchrls_reward(response: str, answer: str) -> float:
     from torchrl.envs.llm.reward.gsm8k import GSM8KRewardParser
 
     parser = GSM8KRewardParser()
-    for response, answer, expected in GSM8K_TABLE:
-        thought, given = parser.extract_tags(response)
-        scored = parser._single_correctness_reward(answer.split("#### ")[1], given, thought)
-        assert scored["reward"] == pytest.approx(expected)
+    thought, stated = parser.extract_tags(response)
+    return parser._single_correctness_reward(answer.split("#### ")[1], stated, thought)["reward"].item()
+
+
+@pytest.mark.parametrize(("response", "answer", "expected"), GSM8K_TABLE)
+def test_gsm8k_reward_has_torchrls_values(response, answer, expected):
+    assert rewards.gsm8k_reward(response, answer) == expected
+    assert rewards.gsm8k_correct(response, answer, "answer_tag") == (expected == 1.0)
+    assert torchrls_reward(response, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("response", "answer", "expected", "torchrls"), GSM8K_DIFFERENCES)
+def test_gsm8k_reward_differs_from_torchrls_where_it_should(response, answer, expected, torchrls):
+    assert rewards.gsm8k_reward(response, answer) == expected
+    assert torchrls_reward(response, answer) == pytest.approx(torchrls)
 
 
 @pytest.mark.parametrize("answer", ["72", "72.0", "so\n#### 72"])
@@ -63,14 +77,78 @@ def test_ground_truth_may_be_bare(answer):
     assert rewards.gsm8k_reward(answered("72"), answer) == 1.0
 
 
-def test_gsm8k_compares_as_numbers_where_torchrl_compares_text():
-    assert rewards.gsm8k_correct(answered("072.50"), "#### 72.5")
+def test_pass_is_looked_for_where_the_mode_says_and_the_reward_in_the_tag():
+    problems, responses = [Problem("", "#### 72")] * 2, ["so \\boxed{72}", answered("72")]
+    assert rewards.gsm8k_corrects(problems, responses) == [True, True]
+    assert rewards.gsm8k_corrects(problems, responses, "answer_tag") == [False, True]
+    assert rewards.gsm8k_corrects(problems, responses, "boxed") == [True, False]
+    assert rewards.gsm8k_rewards(problems, responses) == [0.0, 1.0]
+    with pytest.raises(UserError, match="answer_mode=tag is unknown"):
+        rewards.gsm8k_correct("72", "72", "tag")
 
 
-@pytest.mark.parametrize("given", ["NaN", "sNaN", "Infinity", "1e2", "9" * 5000, "yes"])
-def test_odd_answers_are_wrong_and_raise_nothing(given):
-    assert rewards.gsm8k_reward(answered(given), "#### 72") == 0.1
-    assert rewards.tiny_correct(answered(given), "#### 72") is False
+@pytest.mark.parametrize("stated", ["NaN", "sNaN", "Infinity", "1e2", "9" * 5000, "yes"])
+def test_odd_answers_are_wrong_and_raise_nothing(stated):
+    assert rewards.gsm8k_reward(answered(stated), "#### 72") == 0.1
+    assert rewards.tiny_correct(answered(stated), "#### 72") is False
+
+
+@pytest.mark.parametrize(
+    ("response", "parts", "total"),
+    [
+        (answered("72"), {"answer": 1.0, "format": 1.0}, 1.2),
+        ("<answer>72</answer>", {"answer": 1.0, "format": 0.5}, 1.1),
+        ("<think>so</think>72", {"answer": 1.0, "format": 0.5}, 1.1),
+        ("it is 72", {"answer": 1.0, "format": 0.0}, 1.0),
+        (answered("5"), {"answer": 0.0, "format": 1.0}, 0.2),
+        (answered("5 or 72"), {"answer": 0.0, "format": 0.5}, 0.1),
+        ("", {"answer": 0.0, "format": 0.0}, 0.0),
+    ],
+)
+def test_gsm8k_granular_is_the_sum_of_its_parts(response, parts, total):
+    (reward,) = rewards.gsm8k_granular_rewards([Problem("", "#### 72")], [response])
+    assert rewards.components_of(reward) == parts
+    assert rewards.total(reward) == pytest.approx(total)
+
+
+def test_brevity_tells_right_answers_apart_and_no_wrong_ones():
+    responses = [f"<think>{'so ' * count}</think><answer>{value}</answer>" for value in (72, 5) for count in (9, 90)]
+    scored = rewards.gsm8k_granular_brief_rewards([Problem("", "#### 72")] * 4, responses)
+    short, long, wrong, wrong_long = map(rewards.total, scored)
+    assert short > long > 1.2
+    assert wrong == wrong_long == pytest.approx(0.2)
+
+
+FORMS = ("{}", "<answer>{}</answer>", "<think>so</think>{}", "<think>so</think><answer>{}</answer>", "#### {}", "{}!")
+FORMS += ("<think>{0}</think>", "<think>{0}</think><answer></answer>", "<answer>{0} or 7</answer>", "\\boxed{{{}}}", "")
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.sampled_from(FORMS), st.sampled_from(["72", "$72.00", "71", "0"]), st.text(max_size=50))),
+    st.sampled_from([rewards.gsm8k_granular_rewards, rewards.gsm8k_granular_brief_rewards]),
+)
+def test_no_wrong_answer_earns_as_much_as_a_right_one(drawn, reward):
+    responses = [text + form.format(value) for form, value, text in drawn]
+    problems = [Problem("", "#### 72")] * len(responses)
+    totals = [rewards.total(scored) for scored in reward(problems, responses)]
+    right = rewards.gsm8k_corrects(problems, responses)
+    assert all(value >= 1 for value, correct in zip(totals, right, strict=True) if correct)
+    assert all(value <= 0.2 for value, correct in zip(totals, right, strict=True) if not correct)
+
+
+# The registry
+
+
+@pytest.mark.parametrize("name", reward_registry.REWARDS)
+def test_built_in_rewards_are_found_by_name_and_travel(name):
+    reward = pickle.loads(pickle.dumps(reward_registry.load_built_in(name)))
+    assert list(reward([], [])) == []
+
+
+def test_unknown_built_in_reward_is_refused():
+    with pytest.raises(UserError, match=r"reward\.fn=gsm9k is unknown.*gsm8k_granular.*module:function"):
+        reward_registry.load_built_in("gsm9k")
 
 
 # Tiny
@@ -129,173 +207,3 @@ def test_batched_functions_keep_the_order_and_refuse_unequal_lengths():
     assert rewards.gsm8k_corrects(problems, ["<answer>1</answer>", "<answer>2</answer>"]) == [True, True]
     with pytest.raises(ValueError, match="zip"):
         rewards.gsm8k_rewards(problems, ["<answer>1</answer>"])
-
-
-# IFEval
-
-
-def ifeval_problem(*instructions: tuple[str, dict]) -> Problem:
-    names, kwargs = zip(*instructions, strict=True)
-    return Problem("Write.", "", {"key": 1, "instruction_id_list": list(names), "kwargs": list(kwargs)})
-
-
-NO_COMMA = ("punctuation:no_comma", {})
-THREE_SENTENCES = ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 3})
-TWO_CAPITALS = ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2})
-
-
-@pytest.mark.parametrize(
-    ("problem", "response", "reward", "correct"),
-    [
-        (ifeval_problem(NO_COMMA), answered("No comma here."), 1.15, True),
-        (ifeval_problem(NO_COMMA), "<answer>No comma here.</answer>", 1.1, True),
-        (ifeval_problem(NO_COMMA), answered("One, two."), 0.15, False),
-        (ifeval_problem(NO_COMMA), "No comma here.", 0.0, False),
-        # Half of the instructions followed: 0.3 / 2 + 0.1 / 2 of the two shares, and the tags.
-        (ifeval_problem(NO_COMMA, THREE_SENTENCES), answered("One. Two."), 0.35, False),
-        (ifeval_problem(THREE_SENTENCES), answered("I met Dr. No. Who? Him!"), 1.15, True),
-        (ifeval_problem(THREE_SENTENCES), answered("I met Dr. No. Who?"), 0.15, False),
-        (ifeval_problem(TWO_CAPITALS), answered("LOOK here. STOP. Now."), 1.15, True),
-        (ifeval_problem(TWO_CAPITALS), answered("LOOK here. Stop. Now."), 0.15, False),
-    ],
-)
-def test_ifeval_reward_and_pass(problem, response, reward, correct):
-    assert ifeval.ifeval_rewards([problem], [response]) == [pytest.approx(reward)]
-    assert ifeval.ifeval_corrects([problem], [response]) == [correct]
-
-
-def test_argument_that_torchrl_replaces_by_a_drawn_one_gives_the_same_score_each_time():
-    no_letter = ("keywords:letter_frequency", {"letter": "#", "let_relation": "at least", "let_frequency": 1})
-    problems, responses = [ifeval_problem(no_letter)] * 50, [answered("acegikmoqsuwy")] * 50
-    state = random.getstate()
-    # Half of the alphabet is there: fifty draws that agree by chance would be one in 2^49.
-    assert len(set(ifeval.ifeval_rewards(problems, responses))) == 1
-    assert random.getstate() == state
-
-
-def test_missing_punkt_is_said_once_a_process(caplog):
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError:
-        ifeval._scorer.cache_clear()
-        with caplog.at_level(logging.WARNING):
-            ifeval.ifeval_rewards([ifeval_problem(THREE_SENTENCES)] * 3, [answered("One.")] * 3)
-        assert sum("punkt_tab" in record.message for record in caplog.records) == 1
-    else:
-        pytest.skip("punkt_tab is installed")
-
-
-def test_missing_ifeval_library_is_refused_with_the_requirements_file(monkeypatch):
-    monkeypatch.setattr(ifeval, "REQUIREMENTS", ("nltk", "no_such_library"))
-    with pytest.raises(UserError, match=r"no_such_library.*requirements_ifeval\.txt"):
-        ifeval.check_requirements()
-
-
-# A user's function
-
-PROBLEMS = [Problem("How long?", "#### 1"), Problem("How wide?", "#### 2")]
-LENGTH_REWARD = """
-from dataclasses import dataclass
-
-@dataclass
-class Scale:
-    factor: "float" = 1.0
-
-def by_length(problems, responses):
-    return [Scale().factor * len(response) for response in responses]
-
-too_few = lambda problems, responses: [1.0]
-no_numbers = lambda problems, responses: ["good"] * len(responses)
-nothing = lambda problems, responses: None
-not_a_number = lambda problems, responses: [float("nan")] * len(responses)
-number = 3
-"""
-
-
-@pytest.fixture
-def reward_file(tmp_path) -> Path:
-    path = tmp_path / "my_reward.py"
-    path.write_text(LENGTH_REWARD)
-    return path
-
-
-def test_function_from_a_file(reward_file):
-    assert rewards.load_reward_fn(f"{reward_file}:by_length")(PROBLEMS, ["a", "bcd"]) == [1.0, 3.0]
-
-
-def test_function_from_a_file_reaches_another_process(reward_file, tmp_path):
-    loaded = rewards.load_reward_fn(f"{reward_file}:by_length")
-    (tmp_path / "pickled").write_bytes(pickle.dumps(loaded))
-    reward_file.unlink()  # as on another host
-    code = (
-        "import pickle, sys, pathlib\n"
-        "loaded = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
-        "assert loaded([None], ['abcd']) == [4.0]"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "pickled")], cwd=ROOT, check=True)
-
-
-@pytest.mark.parametrize(
-    "source", [b"\xef\xbb\xbf" + LENGTH_REWARD.encode(), b"# coding: latin-1\n# \xe9\n" + LENGTH_REWARD.encode()]
-)
-def test_a_file_may_be_encoded_as_python_allows(tmp_path, source):
-    (tmp_path / "encoded.py").write_bytes(source)
-    assert rewards.load_reward_fn(f"{tmp_path / 'encoded.py'}:by_length")(PROBLEMS, ["a", "bcd"]) == [1.0, 3.0]
-
-
-def test_function_from_a_package():
-    loaded = rewards.load_reward_fn("expert_iteration.rewards:tiny_rewards")
-    assert loaded(PROBLEMS, ["<answer>1</answer>", ""]) == [0.9, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("missing", "defines no 'missing'"),
-        ("number", "'number' is of type int"),
-        ("", "names no function"),
-    ],
-)
-def test_file_without_such_a_function_is_refused(reward_file, name, message):
-    with pytest.raises(UserError, match=message):
-        rewards.load_reward_fn(f"{reward_file}:{name}")
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("no/such/file.py:f", "there is no file"),
-        ("no_such_package.rewards:f", "no module 'no_such_package'"),
-        ("expert_iteration.no_such_module:f", "no module 'expert_iteration.no_such_module'"),
-        ("by_length", "names no function"),
-    ],
-)
-def test_place_that_does_not_exist_is_refused(spec, message):
-    with pytest.raises(UserError, match=message):
-        rewards.load_reward_fn(spec)
-
-
-def test_errors_of_the_users_own_module_are_shown_as_they_are(tmp_path):
-    (tmp_path / "broken.py").write_text("import a_module_the_user_forgot\n")
-    with pytest.raises(ModuleNotFoundError, match="a_module_the_user_forgot"):
-        rewards.load_reward_fn(f"{tmp_path / 'broken.py'}:f")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("too_few", "1 rewards for 2 responses"),
-        ("no_numbers", "return a list of numbers"),
-        ("nothing", "return a list of numbers"),
-    ],
-)
-def test_result_of_the_wrong_form_is_refused(reward_file, name, message):
-    with pytest.raises(UserError, match=message):
-        rewards.load_reward_fn(f"{reward_file}:{name}")(PROBLEMS, ["a", "b"])
-
-
-def test_reward_that_is_not_finite_is_left_to_selection(reward_file):
-    values = rewards.load_reward_fn(f"{reward_file}:not_a_number")(PROBLEMS, ["a", "b"])
-    assert all(value != value for value in values)

@@ -15,7 +15,9 @@ from whole_runs import LIGHT, REPO, SHORT, Run, shown, without_times
 
 from expert_iteration.model_card import MODEL
 
-GSM8K = REPO.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+DATA = REPO.parent / "shared" / "data"
+GSM8K = DATA / "gsm8k" / "train.jsonl"
+REAL = {"gsm8k": GSM8K, "ifeval": DATA / "ifeval" / "input_data.jsonl"}
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -158,26 +160,33 @@ def test_one_seed_gives_one_run_also_if_it_is_killed_and_gone_on_with(learned, t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K questions are not on this machine")
-def test_real_questions_run_log_checkpoint_and_end(tmp_path):
+@pytest.mark.skipif(not DATA.exists(), reason="the real data are not on this machine")
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("dataset", REAL)
+def test_real_prompts_go_through_both_scripts_and_both_engines(tmp_path, dataset, mode, backend):
     run = Run(
         tmp_path / "run",
-        *LIGHT,
-        "env.dataset=gsm8k",
-        f"env.dataset_path={GSM8K}",
-        "train.total_dialog_turns=64",
-        "env.num_envs=16",
+        f"env.dataset={dataset}",
+        f"env.dataset_path={REAL[dataset]}",
+        f"inference_model.backend={backend}",
+        "train.total_dialog_turns=128",
+        "train.dialog_turns_per_batch=64",
+        "train.optim_batch_size=4",
         "eval.num_prompts=8",
         "inference_model.max_tokens=64",
+        script=f"expert-iteration-{mode}.py",
     ).wait()
     assert run.process.returncode == 0, run.output
     summary = run.summary
-    assert (summary["status"], summary["dialog_turns"], summary["groups_seen"]) == ("completed", 64, 8)
+    assert (summary["status"], summary["dialog_turns"], summary["groups_seen"]) == ("completed", 128, 16)
     assert summary["eval"]["after"]["num_prompts"] == 8
-    assert len(list((run.dir / "checkpoints").glob("*.pt"))) == 1
+    assert len(shown(run.metrics, "collector/rewards/mean")) == 2
+    assert sum(shown(run.metrics, "collector/reward_failures")) == 0
     assert run.processes_left() == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K questions are not on this machine")
 def test_real_questions_train_where_a_reward_separates_responses(tmp_path):
     reward = tmp_path / "reward.py"

@@ -37,6 +37,11 @@ def test_what_was_evaluated_once_is_one_column():
     assert score_table({"before": OLD, "after": None, "best": OLD})[0] == ["before", "after", "best"]
 
 
+def test_a_tasks_further_figures_follow():
+    _, rows = score_table({"before": OLD, "after": OLD | {"inst_level_loose_acc": 0.25}})
+    assert rows[-1] == ("instruction-level loose", ["-", "0.250"])
+
+
 def test_nothing_is_no_table():
     assert score_table({}) == ([], [])
     assert score_table({"before": None, "after": {}}) == ([], [])

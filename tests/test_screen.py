@@ -93,7 +93,7 @@ def warnings(screen, *counts):
 def test_dropping_more_than_half_of_the_groups_is_said_once_with_the_remedies(screen):
     (line,) = warnings(screen, (32, 20), (64, 31), (96, 31))
     assert line.startswith("note: 33 of 64 groups")
-    for remedy in ("finer reward", "env.repeats", "model.name", "prompts"):
+    for remedy in ("finer reward", "env.repeats", "train.selection=topk", "train.min_reward", "model.name", "prompts"):
         assert remedy in line
 
 

@@ -1,20 +1,22 @@
-"""`expert_iteration.tasks` and `rows`: reading, splitting and refusing data sets."""
+"""`expert_iteration.tasks` and what it is made of: which rows become problems, which are held out, who judges."""
 
-import csv
 import json
-import logging
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from expert_iteration import rewards, rows, tasks, tiny
+from expert_iteration import hub_data, rewards, tasks, tiny
+from expert_iteration.config import AnswerMode, Dataset
 from expert_iteration.errors import UserError
 
-DATA = Path(__file__).parents[1] / "../shared/data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "../shared/data"
 GSM8K = DATA / "gsm8k/train.jsonl"
 IFEVAL = DATA / "ifeval/input_data.jsonl"
 
@@ -22,152 +24,187 @@ IFEVAL = DATA / "ifeval/input_data.jsonl"
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
     """No test asks the hub, whatever the machine can reach."""
-    monkeypatch.setattr(rows, "_hub_answers", lambda hub_id: False)
+    monkeypatch.setattr(hub_data, "_ask_hub", lambda name: ConnectionError("no network here"))
 
 
-def config(dataset: str, path: Path | None = None, num_prompts: int = 2, fn: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(
-        env=SimpleNamespace(dataset=dataset, dataset_path=None if path is None else str(path)),
-        eval=SimpleNamespace(num_prompts=num_prompts),
-        reward=SimpleNamespace(fn=fn),
-        tiny=SimpleNamespace(model_seed=0),
-        seed=0,
-    )
+@pytest.fixture
+def load(make_cfg):
+    """A function that loads a task: of a data set, from a path, with further keys of `env`."""
+
+    def load(dataset, path=None, num_prompts=2, *, fn=None, mode="auto", seed=0, **env):
+        cfg = make_cfg()
+        cfg.env.dataset, cfg.env.dataset_path = Dataset(dataset), None if path is None else str(path)
+        cfg.eval.num_prompts, cfg.reward.fn, cfg.reward.answer_mode, cfg.seed = num_prompts, fn, AnswerMode(mode), seed
+        for key, value in env.items():
+            assert key in vars(cfg.env)
+            setattr(cfg.env, key, value)
+        return tasks.load_task(cfg)
+
+    return load
 
 
-def gsm8k_rows(count: int, word: str = "apples") -> list[dict[str, str]]:
+def gsm8k_rows(count, word="apples"):
     return [{"question": f"{i} {word} and {i}?", "answer": f"{i}+{i}\n#### {2 * i}"} for i in range(count)]
 
 
-def write_jsonl(path: Path, content: list) -> Path:
+def write_jsonl(path, content):
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in content))
     return path
 
 
-def questions(problems: list[tasks.Problem]) -> list[str]:
+def questions(problems):
     return [problem.question for problem in problems]
 
 
-# Forms
-
-
-def write_json(path: Path) -> None:
-    path.write_text(json.dumps(gsm8k_rows(10)))
-
-
-def write_csv(path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["question", "answer"])
-        writer.writeheader()
-        writer.writerows(gsm8k_rows(10))
-
-
-def write_parquet(path: Path) -> None:
-    datasets.Dataset.from_list(gsm8k_rows(10)).to_parquet(str(path))
-
-
-def write_directory(path: Path) -> None:
-    datasets.Dataset.from_list(gsm8k_rows(10)).save_to_disk(str(path))
-
-
-FORMS = {
-    "rows.jsonl": lambda path: write_jsonl(path, gsm8k_rows(10)),
-    "rows.JSONL": lambda path: write_jsonl(path, gsm8k_rows(10)),
-    "rows.json": write_json,
-    "rows.csv": write_csv,
-    "rows.parquet": write_parquet,
-    "directory": write_directory,
-}
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_each_form_gives_the_same_task(tmp_path, name):
-    FORMS[name](tmp_path / name)
-    task = tasks.load_task(config("gsm8k", tmp_path / name))
-    assert sorted(questions(task.train + task.heldout)) == sorted(row["question"] for row in gsm8k_rows(10))
-    assert len(task.heldout) == 2
-    expected = tasks.load_task(config("gsm8k", write_jsonl(tmp_path / "same.jsonl", gsm8k_rows(10))))
-    assert (task.train, task.heldout) == (expected.train, expected.heldout)
-
-
-def test_separators_that_json_allows_in_a_string_do_not_split_a_row(tmp_path):
-    row = {"question": "one\u2028two\x85three", "answer": "#### 1"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
-    assert tasks.load_task(config("gsm8k", tmp_path / "rows.jsonl", 0)).train[0].question == row["question"]
-
-
-def test_numbers_as_answers_become_text(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "How many?", "answer": 72}])
-    problem = tasks.load_task(config("gsm8k", path, 0)).train[0]
-    assert problem == tasks.Problem("How many?", "72")
-    assert rewards.gsm8k_correct("<answer>72</answer>", problem.answer)
+def test_importing_tasks_loads_nothing_heavy():
+    code = (
+        "import sys, expert_iteration.tasks; print(*{'torch', 'ray', 'vllm', 'datasets', 'sympy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
 
 
 # Held-out problems
 
 
-def test_test_split_is_held_out_and_leaves_no_question_in_training(tmp_path):
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves splits of rows and says where."""
+
+    def save(**splits):
+        parts = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+        return tmp_path / "saved"
+
+    return save
+
+
+def test_a_test_split_is_held_out_and_leaves_no_question_in_training(load, saved):
     test = gsm8k_rows(5, "pears")
-    splits = {"train": [*gsm8k_rows(10), test[0]], "test": test}
-    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(content) for name, content in splits.items()})
-    saved.save_to_disk(str(tmp_path / "saved"))
-    task = tasks.load_task(config("gsm8k", tmp_path / "saved", 5))
+    again = {**test[4], "question": f" {test[4]['question'].upper().replace(' ', '  ')}"}
+    path = saved(train=[*gsm8k_rows(10), test[0], again], test=test)
+    task = load("gsm8k", path, 5)
     assert sorted(questions(task.heldout)) == sorted(row["question"] for row in test)
     assert questions(task.train) == [row["question"] for row in gsm8k_rows(10)]
-    fewer = tasks.load_task(config("gsm8k", tmp_path / "saved", 2))
+    [note] = task.notes
+    assert note.startswith("note: 2 training prompts were left out, for they are held out for evaluation as well")
+    assert "'0 pears and 0?', '4 PEARS AND 4?'" in note
+    fewer = load("gsm8k", path, 2)
     assert fewer.heldout == task.heldout[:2]
+    assert fewer.train == task.train  # nothing of the test split is trained on, asked or not
     with pytest.raises(UserError, match=r"eval.num_prompts \(6\) is more than the 5"):
-        tasks.load_task(config("gsm8k", tmp_path / "saved", 6))
+        load("gsm8k", path, 6)
+    with pytest.raises(UserError, match="no training question that is not held out"):
+        load("gsm8k", saved(train=test[:3], test=test))
 
 
-def test_held_out_rows_do_not_depend_on_order_or_seed(tmp_path):
+def test_held_out_rows_do_not_depend_on_order_or_seed(load, tmp_path):
     content = gsm8k_rows(40)
-    first = tasks.load_task(config("gsm8k", write_jsonl(tmp_path / "a.jsonl", content), 10))
+    first = load("gsm8k", write_jsonl(tmp_path / "a.jsonl", content), 10)
     random.Random(0).shuffle(content)
-    other = config("gsm8k", write_jsonl(tmp_path / "b.jsonl", content), 10)
-    other.seed = 7
-    second = tasks.load_task(other)
+    second = load("gsm8k", write_jsonl(tmp_path / "b.jsonl", content), 10, seed=7)
     assert first.heldout == second.heldout
     assert len(first.heldout) == 10
     assert set(questions(first.train)).isdisjoint(questions(first.heldout))
     assert questions(first.heldout) != [row["question"] for row in gsm8k_rows(10)]
+    assert first.notes == ()
 
 
-def test_duplicates_of_a_held_out_question_leave_training_too(tmp_path):
+def test_duplicates_of_a_held_out_question_leave_training_too(load, tmp_path):
     content = [{**row, "answer": f"{row['answer']}{extra}"} for extra in ("", "0") for row in gsm8k_rows(10)]
-    task = tasks.load_task(config("gsm8k", write_jsonl(tmp_path / "a.jsonl", content), 4))
+    task = load("gsm8k", write_jsonl(tmp_path / "a.jsonl", content), 4)
     assert len(set(questions(task.heldout))) == 4
     assert len(task.train) == 12
     assert set(questions(task.train)).isdisjoint(questions(task.heldout))
-    reverse = tasks.load_task(config("gsm8k", write_jsonl(tmp_path / "b.jsonl", content[::-1]), 4))
+    assert task.notes[0].startswith("note: 4 training prompts were left out")
+    assert task.notes[1] == "note: 6 training prompts repeat an earlier one; all are trained on"
+    reverse = load("gsm8k", write_jsonl(tmp_path / "b.jsonl", content[::-1]), 4)
     assert reverse.heldout == task.heldout
 
 
-def test_more_than_half_held_out_is_refused(tmp_path):
+def test_more_than_half_held_out_is_refused(load, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(9))
-    assert len(tasks.load_task(config("gsm8k", path, 4)).heldout) == 4
+    assert len(load("gsm8k", path, 4).heldout) == 4
     with pytest.raises(UserError, match=r"eval.num_prompts \(5\) is more than half of the 9.*at most 4"):
-        tasks.load_task(config("gsm8k", path, 5))
+        load("gsm8k", path, 5)
 
 
-# Rows that cannot be used
+def test_splits_are_chosen_by_name(load, saved):
+    easy, hard = gsm8k_rows(6), gsm8k_rows(4, "pears")
+    path = saved(easy=easy, hard=hard, test=gsm8k_rows(3, "plums"))
+    task = load("gsm8k", path, 3, split="easy")
+    assert (len(task.train), len(task.heldout)) == (6, 3)
+    task = load("gsm8k", path, 4, split="easy", eval_split="hard")
+    assert sorted(questions(task.heldout)) == sorted(row["question"] for row in hard)
+    task = load("gsm8k", path, 1, split="test")  # as asked for, with problems of its own held out
+    assert (len(task.train), len(task.heldout)) == (2, 1)
+    for keys, key in (({"split": "dev"}, "env.split=dev"), ({"eval_split": "dev"}, "env.eval_split=dev")):
+        with pytest.raises(UserError, match=rf"{key} is no split of .*saved: choose one of easy, hard, test\."):
+            load("gsm8k", path, **keys)
+    with pytest.raises(UserError, match=r"has the splits easy, hard, test and no 'train': name the one .* env\.split"):
+        load("gsm8k", path)
 
 
-def test_unusable_rows_are_skipped_counted_and_the_first_three_named(tmp_path, caplog):
+def test_the_only_split_is_trained_on_unless_it_is_for_evaluation(load, saved):
+    assert len(load("gsm8k", saved(all=gsm8k_rows(6))).train) == 4
+    assert len(load("gsm8k", saved(all=gsm8k_rows(6), test=gsm8k_rows(2, "pears"))).train) == 6
+    with pytest.raises(UserError, match="the splits test and no 'train'"):
+        load("gsm8k", saved(test=gsm8k_rows(6)))
+
+
+def test_max_prompts_bounds_training_alone(load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(40))
+    whole = load("gsm8k", path, 10)
+    first = load("gsm8k", path, 10, max_prompts=8, shuffle=False)
+    assert (first.train, first.heldout) == (whole.train[:8], whole.heldout)
+    drawn = load("gsm8k", path, 10, max_prompts=8)
+    assert drawn.train != first.train
+    assert [problem for problem in whole.train if problem in drawn.train] == drawn.train  # in the data's order
+    assert load("gsm8k", path, 10, max_prompts=8, seed=1).train != drawn.train
+    more = load("gsm8k", path, 10, max_prompts=12)
+    assert all(problem in more.train for problem in drawn.train)
+    assert load("gsm8k", path, 10, max_prompts=31).train == whole.train
+    assert len(load("tiny", max_prompts=5).train) == 5
+
+
+# Rows and columns
+
+
+def test_unusable_rows_are_skipped_counted_and_the_first_three_named(load, tmp_path):
     bad = [
         "{not json",
         [1, 2],
         {"question": "", "answer": "#### 1"},
         {"question": "Why?"},
         {"question": "Why?", "answer": "x ####"},
+        {"question": "Half \ud800", "answer": "1"},
+        {"question": "Why?", "answer": float("nan")},
+        {"question": ["Why?"], "answer": "1"},
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", [*bad, *gsm8k_rows(3)])
-    with caplog.at_level(logging.WARNING):
-        task = tasks.load_task(config("gsm8k", path, 0))
+    task = load("gsm8k", path, 0)
     assert len(task.train) == 3
-    [record] = [record.message for record in caplog.records]
-    assert "5 of 8 rows skipped" in record
-    assert "row 1 (no JSON object), row 2 (no JSON object), row 3 (empty question), ..." in record
+    assert task.notes == (
+        f"note: {path}, train: 8 of 11 rows were skipped: row 1 (no JSON object), row 2 (no JSON object), "
+        "row 3 (empty question), ...",
+    )
+
+
+def test_a_message_does_not_repeat_a_long_row(load, tmp_path):
+    long = {"x" * 100_000: "y" * 100_000}
+    with pytest.raises(UserError, match="lacks the column") as error:
+        load("gsm8k", write_jsonl(tmp_path / "rows.jsonl", [long]))
+    assert len(str(error.value)) < 800
+    content = [{"nums": "1" * 100_000, "target": 24}, *[{"nums": [i, 3], "target": 2} for i in range(4)]]
+    [note] = load("countdown", write_jsonl(tmp_path / "rows.jsonl", content), 1).notes
+    assert len(note) < 500
+
+
+def test_more_cells_than_columns_are_no_row(load, tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer\nWhy?,1\nWhy not, then?,2\nHow?,3\n")
+    task = load("gsm8k", tmp_path / "rows.csv", 1)
+    assert len(task.train + task.heldout) == 2
+    assert "row 2 (more cells than columns)" in task.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -176,82 +213,157 @@ def test_unusable_rows_are_skipped_counted_and_the_first_three_named(tmp_path, c
         ("empty.jsonl", "", "no usable row \\(0 rows read\\)"),
         ("empty.json", "[]", "no usable row"),
         ("blank.jsonl", '{"question": " ", "answer": "1"}', "no usable row \\(1 rows read: row 1 \\(empty question"),
-        ("columns.jsonl", '{"prompt": "x", "answer": "1"}', "lacks the column\\(s\\) question; it has answer, prompt"),
-        ("columns.csv", "q,a\n1,2\n", "lacks the column\\(s\\) question, answer; it has a, q"),
-        ("broken.json", '[{"question": ', "cannot be read"),
-        ("object.json", '{"question": "x"}', "a JSON dict, not a list of rows"),
-        ("broken.parquet", "no parquet", "cannot be read"),
-        ("rows.txt", "x", "unknown form: give one of .jsonl"),
+        (
+            "columns.jsonl",
+            '{"prompt": "x", "answer": "1"}',
+            r"lacks the column question \(env.prompt_column\); it has ",
+        ),
+        ("columns.csv", "q,a\n1,2\n", r"question \(env.prompt_column\), answer \(env.answer_column\); it has a, q:"),
     ],
 )
-def test_file_without_usable_rows_is_refused(tmp_path, name, content, message):
+def test_a_file_without_usable_rows_is_refused(load, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        tasks.load_task(config("gsm8k", tmp_path / name))
+        load("gsm8k", tmp_path / name)
 
 
-def test_other_paths_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        tasks.load_task(config("gsm8k", tmp_path / "nothing.jsonl"))
-    with pytest.raises(UserError, match="cannot be read"):
-        tasks.load_task(config("gsm8k", tmp_path))
-    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9", "answer": "1"}')
-    with pytest.raises(UserError, match="cannot be read"):
-        tasks.load_task(config("gsm8k", tmp_path / "latin.jsonl"))
-    only_test = datasets.DatasetDict({"test": datasets.Dataset.from_list(gsm8k_rows(3))})
-    only_test.save_to_disk(str(tmp_path / "only_test"))
-    with pytest.raises(UserError, match="no 'train'"):
-        tasks.load_task(config("gsm8k", tmp_path / "only_test"))
+@pytest.mark.parametrize("dataset", ["gsm8k", "math", "custom"])
+def test_columns_have_the_names_that_are_given(load, tmp_path, dataset):
+    content = [{"q": f"{i}?", "a": i, "question": "no", "answer": "#### 0", "problem": "no"} for i in range(4)]
+    path = write_jsonl(tmp_path / "rows.jsonl", content)
+    task = load(dataset, path, 1, prompt_column="q", answer_column="a")
+    problems = sorted(task.train + task.heldout, key=lambda problem: problem.question)
+    assert [(problem.question, problem.answer) for problem in problems] == [(f"{i}?", str(i)) for i in range(4)]
+    assert problems[0].metadata == {"question": "no", "answer": "#### 0", "problem": "no"}
+    with pytest.raises(UserError, match=r"lacks the column why \(env\.answer_column\)"):
+        load(dataset, path, 1, prompt_column="q", answer_column="why")
 
 
-def test_unknown_data_set_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="tiny, gsm8k, ifeval"):
-        tasks.load_task(config("gsm9k"))
+def test_numbers_and_truths_as_answers_become_text(load, tmp_path):
+    content = [{"question": "How many?", "answer": 72}, {"question": "Really?", "answer": True}]
+    path = write_jsonl(tmp_path / "rows.jsonl", content)
+    problem, other = load("gsm8k", path, 0).train
+    assert problem == tasks.Problem("How many?", "72")
+    assert rewards.gsm8k_correct("<answer>72</answer>", problem.answer)
+    assert other.answer == "true"
+
+
+# Prompts of chat messages
+
+
+def chat(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def test_a_prompt_may_be_one_message_of_the_user(load, tmp_path):
+    content = [
+        {"prompt": chat(("user", "One?")), "answer": 1},
+        {"prompt": "Two?", "answer": 2},
+        {"prompt": chat(("user", "Three?"), ("assistant", "3"), ("user", "Four?")), "answer": 4},
+        {"prompt": chat(("assistant", "Five.")), "answer": 5},
+        {"prompt": [], "answer": 6},
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "answer": 7},
+    ]
+    task = load("custom", write_jsonl(tmp_path / "rows.jsonl", content), 0, answer_column="answer")
+    assert questions(task.train) == ["One?", "Two?"]
+    assert task.system_prompt is None
+    [note] = task.notes
+    assert "4 of 6 rows were skipped: row 3 (prompt has the turns user, assistant, user, not one of the user)" in note
+    assert "row 5 (prompt has the turns of nobody" in note
+
+
+def test_the_system_message_of_all_rows_is_the_tasks_system_prompt(load, tmp_path):
+    content = [{"prompt": chat(("system", "Be brief."), ("user", f"{i}?")), "answer": i} for i in range(3)]
+    content += [{"prompt": chat(("system", "Be long."), ("user", "3?")), "answer": 3}, {"prompt": "4?", "answer": 4}]
+    path = write_jsonl(tmp_path / "rows.jsonl", content)
+    task = load("custom", path, 0, answer_column="answer")
+    assert (task.system_prompt, questions(task.train)) == ("Be brief.", ["0?", "1?", "2?"])
+    assert "row 4 (another system message than the first row's: env.system_prompt replaces them all)" in task.notes[0]
+    for given, used in (("Be kind.", "Be kind."), ("", None)):
+        task = load("custom", path, 0, answer_column="answer", system_prompt=given)
+        assert (task.system_prompt, len(task.train), task.notes) == (used, 5, ())
 
 
 # The hub
 
 
-def test_hub_that_is_neither_cached_nor_reachable_answers_at_once(monkeypatch, tmp_path):
+def test_a_hub_that_is_neither_cached_nor_reachable_answers_at_once(load, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     offline, start = datasets.config.HF_HUB_OFFLINE, time.monotonic()
-    with pytest.raises(UserError, match=r"openai/gsm8k is neither cached nor reachable.*env\.dataset_path"):
-        tasks.load_task(config("gsm8k"))
+    with pytest.raises(UserError, match=r"openai/gsm8k is neither cached nor reachable \(ConnectionError: no network"):
+        load("gsm8k")
     # No retries: those alone would take more than 20 s.
     assert time.monotonic() - start < 10
     assert datasets.config.HF_HUB_OFFLINE is offline
 
 
-def test_hub_that_never_answers_is_given_up(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            GatedRepoError,
+            r"ORG/DATA is gated: accept its terms at https://huggingface.co/datasets/ORG/DATA and export HF_T",
+        ),
+        (RepositoryNotFoundError, r"ORG/DATA is unknown to the hub, or private: check its spelling .*HF_TOKEN"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_do(load, monkeypatch, tmp_path, error, message):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_data, "_ask_hub", lambda name: error.__new__(error))
+    with pytest.raises(UserError, match=message):
+        load("gsm8k", dataset_name="ORG/DATA")
+
+
+def test_a_hub_that_never_answers_is_given_up(monkeypatch):
     monkeypatch.undo()
     import huggingface_hub
 
     class Silent:
-        def dataset_info(self, *args, **kwargs):
+        def auth_check(self, *args, **kwargs):
             time.sleep(30)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Silent)
-    monkeypatch.setattr(rows, "HUB_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hub_data, "PATIENCE_SECONDS", 0.2)
     start = time.monotonic()
-    assert rows._hub_answers("openai/gsm8k") is False
+    assert isinstance(hub_data._ask_hub("openai/gsm8k"), TimeoutError)
     assert time.monotonic() - start < 5
 
 
-def test_hub_data_set_uses_its_own_test_split(monkeypatch):
+@pytest.fixture
+def on_hub(monkeypatch):
+    """What `datasets.load_dataset` is asked for, and finds: training and test questions."""
     splits = {"train": gsm8k_rows(10), "test": gsm8k_rows(4, "pears")}
     loaded = datasets.DatasetDict({name: datasets.Dataset.from_list(content) for name, content in splits.items()})
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: (asked.append(args), loaded)[1])
-    task = tasks.load_task(config("gsm8k", num_prompts=3))
-    assert asked == [("openai/gsm8k", "main")]
+    return asked
+
+
+def test_a_hub_data_set_uses_its_own_test_split(load, on_hub):
+    task = load("gsm8k", num_prompts=3)
     assert (len(task.train), len(task.heldout)) == (10, 3)
+    load("gsm8k", dataset_config="socratic")
+    load("gsm8k", dataset_name="ORG/DATA")
+    load("custom", dataset_name="ORG/DATA", dataset_config="c", answer_column="answer")
+    asked = [("openai/gsm8k", "main"), ("openai/gsm8k", "socratic"), ("ORG/DATA", None), ("ORG/DATA", "c")]
+    assert on_hub == asked
+
+
+def test_an_unknown_configuration_shows_those_that_there_are(load, monkeypatch):
+    def refuse(name, config):
+        raise ValueError("BuilderConfig 'c' not found. Available: ['main', 'socratic']")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(hub_data, "_ask_hub", lambda name: None)
+    with pytest.raises(UserError, match=r"openai/gsm8k with env\.dataset_config=c cannot be loaded .*'socratic'"):
+        load("gsm8k", dataset_config="c")
 
 
 # The tasks
 
 
-def test_tiny_task_holds_out_a_prefix_of_its_list():
-    task = tasks.load_task(config("tiny", num_prompts=40))
+def test_tiny_task_holds_out_a_prefix_of_its_list(load):
+    task = load("tiny", num_prompts=40)
     assert task.system_prompt == tiny.SYSTEM_PROMPT
     assert len(task.train) == 4000
     assert questions(task.heldout) == [problem.question for problem in tiny.heldout_problems()[:40]]
@@ -260,35 +372,113 @@ def test_tiny_task_holds_out_a_prefix_of_its_list():
     assert task.reward(task.heldout, responses) == [1.0] * 40
     assert task.correct(task.heldout, responses) == [True] * 40
     with pytest.raises(UserError, match=r"eval.num_prompts \(201\).*at most 200"):
-        tasks.load_task(config("tiny", num_prompts=201))
-    with pytest.raises(UserError, match="no effect with env"):
-        tasks.load_task(config("tiny", Path("rows.jsonl")))
+        load("tiny", num_prompts=201)
 
 
-def test_own_reward_replaces_the_reward_and_not_the_pass(tmp_path):
+def test_own_reward_replaces_the_reward_and_not_the_pass(load, tmp_path):
     (tmp_path / "own.py").write_text("def shortest(problems, responses):\n    return [-len(r) for r in responses]\n")
-    task = tasks.load_task(config("tiny", num_prompts=1, fn=f"{tmp_path / 'own.py'}:shortest"))
+    task = load("tiny", num_prompts=1, fn=f"{tmp_path / 'own.py'}:shortest")
     right = f"<answer>{task.heldout[0].answer.partition('#### ')[2]}</answer>"
     assert task.reward(task.heldout, [right]) == [-len(right)]
     assert task.correct(task.heldout, [right]) == [True]
 
 
-def test_ifeval_rows_keep_what_their_scorer_needs(tmp_path, caplog):
+@pytest.mark.parametrize("dataset", ["tiny", "gsm8k"])
+def test_a_system_prompt_of_ones_own_or_none(load, tmp_path, dataset):
+    path = write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(4)) if dataset == "gsm8k" else None
+    own = load(dataset, path).system_prompt
+    assert own
+    assert load(dataset, path, system_prompt="Be kind.").system_prompt == "Be kind."
+    assert load(dataset, path, system_prompt="").system_prompt is None
+
+
+def test_the_answer_mode_is_where_gsm8k_looks(load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(4))
+    anywhere, boxed = load("gsm8k", path), load("gsm8k", path, mode="boxed")
+    problem = tasks.Problem("?", "#### 4")
+    assert anywhere.correct([problem] * 2, ["<answer>4</answer>", r"\boxed{4}"]) == [True, True]
+    assert boxed.correct([problem] * 2, ["<answer>4</answer>", r"\boxed{4}"]) == [False, True]
+
+
+def test_custom_answers_are_compared_as_numbers_or_texts(load, tmp_path):
+    content = [{"question": "How many?", "answer": 1200, "level": 3}, {"question": "Who?", "answer": "Ada Lovelace"}]
+    task = load("custom", write_jsonl(tmp_path / "rows.jsonl", content), 0, answer_column="answer")
+    number, name = task.train
+    assert (number.metadata, task.system_prompt, task.notes) == ({"level": 3}, None, ())
+    given = [(number, "It is $1,200.00"), (number, "1201"), (name, "<answer>ada  lovelace.</answer>"), (name, "Ada")]
+    problems, responses = zip(*given, strict=True)
+    assert task.correct(problems, responses) == [True, False, True, False]
+    assert task.reward(problems, responses) == [1.0, 0.0, 1.0, 0.0]
+    assert (task.has_format("Ada"), task.has_format("")) == (True, False)
+    strict = load("custom", tmp_path / "rows.jsonl", 0, answer_column="answer", mode="answer_tag")
+    assert strict.correct([number, number], ["1200", "<answer>1200</answer>"]) == [False, True]
+    assert (strict.has_format("1200"), strict.has_format("<answer>1200</answer>")) == (False, True)
+
+
+def test_custom_data_without_answers_leave_what_is_right_to_the_reward(load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "answer": i} for i in range(4)])
+    (tmp_path / "own.py").write_text("def longest(problems, responses):\n    return [len(r) for r in responses]\n")
+    task = load("custom", path, 1, fn=f"{tmp_path / 'own.py'}:longest")
+    assert task.correct is None
+    assert task.reward(task.train[:1], ["four"]) == [4]
+    assert sorted(problem.metadata["answer"] for problem in task.train + task.heldout) == [0, 1, 2, 3]
+    [note] = task.notes
+    assert "counts as right if its reward is at least 1 (reward.pass_threshold)" in note
+
+
+def test_math_takes_solutions_or_answers(load, tmp_path):
+    solved = [{"problem": f"{i}?", "solution": rf"So \boxed{{{i}}}.", "level": "1"} for i in range(4)]
+    task = load("math", write_jsonl(tmp_path / "a.jsonl", [*solved, {"problem": "4?", "solution": "4"}]), 1)
+    assert len(task.train) == 3
+    assert "row 5 (nothing boxed in solution)" in task.notes[0]
+    [problem] = task.heldout
+    answers = [f"<answer>{problem.question[:-1]}.0</answer>", "<answer>9</answer>", "9"]
+    assert task.correct([problem] * 3, answers) == [True, False, False]
+    assert task.reward([problem] * 3, answers) == [1.0, 0.1, 0.0]
+    both = [{**row, "answer": str(number)} for number, row in enumerate(solved)]
+    task = load("math", write_jsonl(tmp_path / "b.jsonl", both), 1)
+    assert sorted(problem.answer for problem in task.train + task.heldout) == ["0", "1", "2", "3"]
+    with pytest.raises(UserError, match=r"lacks the column answer or solution \(env\.answer_column\)"):
+        load("math", write_jsonl(tmp_path / "c.jsonl", [{"problem": "1?"}]))
+
+
+def test_countdown_makes_problems_or_takes_rows(load, tmp_path):
+    task = load("countdown", num_prompts=500)
+    assert (len(task.train), len(task.heldout)) == (10_000, 500)
+    content = [{"nums": [3, 8, i], "target": 24, "id": i} for i in range(1, 5)]
+    bad = [{"nums": [3, "x"], "target": 24}, {"nums": [3], "target": -1}, {"nums": [3], "target": 2.5}, {"nums": 3}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*content, {"nums": [1, 8, 3], "target": 24}, *bad])
+    task = load("countdown", path, 1, prompt_column="idle")
+    assert "4 of 9 rows were skipped: row 6 (nums is not a list of whole numbers)" in task.notes[0]
+    # The same numbers in another order are the same problem.
+    assert task.notes[1].startswith(("note: 1 training prompts were left out", "note: 1 training prompts repeat"))
+    assert len(task.train) + len(task.heldout) in (4, 5)
+    problem = next(problem for problem in task.train if problem.metadata["numbers"] == [3, 8, 2])
+    assert problem.metadata == {"numbers": [3, 8, 2], "target": 24, "id": 2}
+    assert "[3, 8, 2]" in problem.question
+    answers = ["<answer>8 * 3</answer>", "<answer>8 + 3</answer>", "24"]
+    assert task.reward([problem] * 3, answers) == [1.0, 0.1, 0.0]
+    assert task.correct([problem] * 3, answers) == [True, False, False]
+    (tmp_path / "rows.csv").write_text('nums,target\n"[3, 8]",24\n"[4, 6]",24\n')
+    assert load("countdown", tmp_path / "rows.csv", 1).train[0].metadata["target"] == 24
+
+
+def test_ifeval_rows_keep_what_their_scorer_needs(load, tmp_path):
     good = {"key": 1, "prompt": "Write.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     bad = [{**good, "kwargs": []}, {**good, "instruction_id_list": "punctuation:no_comma"}]
     path = write_jsonl(tmp_path / "rows.jsonl", [good, *bad])
-    with caplog.at_level(logging.WARNING):
-        task = tasks.load_task(config("ifeval", path, 0))
+    task = load("ifeval", path, 0)
     [problem] = task.train
     assert problem.answer == ""
     assert problem.metadata == {key: good[key] for key in ("key", "instruction_id_list", "kwargs")}
-    assert "2 of 3 rows skipped" in caplog.text
-    assert task.correct([problem], ["<answer>Fine.</answer>"]) == [True]
+    assert "2 of 3 rows were skipped" in task.notes[0]
+    with pytest.raises(UserError, match="lacks the column kwargs; it has instruction_id_list, key, prompt"):
+        load("ifeval", write_jsonl(path, [{key: value for key, value in good.items() if key != "kwargs"}]))
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K's training file is not here")
-def test_real_gsm8k_is_read_whole_and_its_own_answers_are_right():
-    task = tasks.load_task(config("gsm8k", GSM8K, 200))
+def test_real_gsm8k_is_read_whole_and_its_own_answers_are_right(load):
+    task = load("gsm8k", GSM8K, 200)
     assert (len(task.train), len(task.heldout)) == (7273, 200)
     problems = task.train + task.heldout
     results = [problem.answer.rpartition("#### ")[2] for problem in problems]
@@ -297,18 +487,9 @@ def test_real_gsm8k_is_read_whole_and_its_own_answers_are_right():
 
 
 @pytest.mark.skipif(not IFEVAL.is_file(), reason="IFEval's prompts are not here")
-def test_real_ifeval_is_scored_on_every_instruction():
-    task = tasks.load_task(config("ifeval", IFEVAL, 40))
+def test_real_ifeval_is_scored_on_every_instruction(load):
+    task = load("ifeval", IFEVAL, 40)
     assert (len(task.train), len(task.heldout)) == (500, 40)
-    problems = task.train + task.heldout
-    responses = ["<think>so</think><answer>Hello there. HOW are you? I am *fine* thanks.</answer>"] * len(problems)
-    values = task.reward(problems, responses)
-    assert values == task.reward(problems, responses)
-    assert all(0.15 <= value <= 1.16 for value in values)
-    passes = task.correct(problems, responses)
-    assert 0 < sum(passes) < len(problems)
-    # Everything followed strictly earns all four shares and both tags.
-    assert all((value > 1.14) == passed for value, passed in zip(values, passes, strict=True))
 
 
 # Prompts that are too long
@@ -321,11 +502,15 @@ def test_prompts_without_room_for_a_response_are_left_out():
     def length(problem):
         return len(problem.question)
 
-    task = tasks.Task("t", None, problems(3, 9, 4), problems(5, 8), reward=None, correct=None, has_format=None)
-    shorter, dropped = tasks.without_long_prompts(task, length, limit=5)
+    task = tasks.Task("t", None, problems(3, 9, 4, 7), problems(5, 800), reward=None, correct=None, has_format=None)
+    shorter = tasks.without_long_prompts(task, length, limit=5)
     assert [length(problem) for problem in shorter.train] == [3, 4]
     assert [length(problem) for problem in shorter.heldout] == [5]
-    assert dropped == 2
+    assert shorter.notes == (
+        "note: 3 prompts were left out (1 of them held out), for they have more than 5 tokens: "
+        f"'xxxxxxxxx' (9), 'xxxxxxx' (7), '{'x' * 60}...' (800)",
+    )
+    assert tasks.without_long_prompts(shorter, length, limit=5) is shorter
     with pytest.raises(UserError, match="No prompt of t is left for training"):
         tasks.without_long_prompts(task, length, limit=2)
     with pytest.raises(UserError, match="No prompt of t is left for evaluation"):

@@ -8,9 +8,9 @@ import torch
 from builders import random_model
 from transformers import GenerationConfig
 
+from expert_iteration.chat_template import chat_prompt_ids, end_of_turn_id
 from expert_iteration.engine import Sampling
 from expert_iteration.lora import add_adapters
-from expert_iteration.models import chat_prompt_ids, end_of_turn_id
 from expert_iteration.packed_weights import PackedWeights
 from expert_iteration.policy_reader import PolicyReader
 from expert_iteration.tiny import SYSTEM_PROMPT, heldout_problems

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from expert_iteration.chat_template import load_tokenizer
 from expert_iteration.cli import compose_config
 from expert_iteration.cluster import ray_running, start_actor
 from expert_iteration.config import Config
 from expert_iteration.engine_client import CONCURRENCY_GROUPS, EngineActor, EngineClient, EnginePool
 from expert_iteration.interruption import StopSignals
 from expert_iteration.lora import add_adapters
-from expert_iteration.models import load_tokenizer
 from expert_iteration.policy_reader import PolicyReader
 from expert_iteration.resolve import resolve_config
 from expert_iteration.tiny import ensure_tiny_model
