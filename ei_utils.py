@@ -50,6 +50,7 @@ from expert_iteration.remote import Waiting
 from expert_iteration.run_directory import BATCH_METRIC, EXPERT_SET_FOLDER, log_file, process_name, timeline_file
 from expert_iteration.schedule import KLSchedule, create_cosine_scheduler_with_warmup, make_scheduler
 from expert_iteration.seeds import derive_seed
+from expert_iteration.selection_advice import advise
 from expert_iteration.sizes import batches_ahead, derive_sizes, responses_per_gradient_step
 from expert_iteration.tasks import Task
 from expert_iteration.turns import Turns
@@ -360,11 +361,17 @@ def make_prompts(cfg: Config, task: Task, state: Mapping[str, Any] | None = None
     )
 
 
-def make_judge(cfg: Config, task: Task) -> Judge:
-    """What says which reward responses deserve, and which are right."""
+def make_judge(cfg: Config, task: Task, where: str = "in collection") -> Judge:
+    """What says which reward responses deserve, and which are right; of a failure the user is told `where` it was."""
     from expert_iteration.judging import Judge
 
-    return Judge(task, pass_threshold=cfg.reward.pass_threshold, workers=cfg.reward.workers, timeout=cfg.reward.timeout)
+    return Judge(
+        task,
+        pass_threshold=cfg.reward.pass_threshold,
+        workers=cfg.reward.workers,
+        timeout=cfg.reward.timeout,
+        where=where,
+    )
 
 
 def make_env(
@@ -478,7 +485,10 @@ def get_collector_client(
     if cfg.train.sync:
         # The engine generates the next batch while the learner trains on this one.
         overlap = cfg.train.sync_iter is False
-        return CollectorClient(actor, replay_buffer, num_batches, overlap=overlap, waiting=waiting, turns=turns)
+        advice = advise(cfg.train.selection, cfg.train.min_reward)
+        return CollectorClient(
+            actor, replay_buffer, num_batches, overlap=overlap, waiting=waiting, turns=turns, advice=advice
+        )
     return BackgroundCollector(actor, replay_buffer, num_batches, batches_ahead=batches_ahead(cfg), waiting=waiting)
 
 
@@ -752,7 +762,7 @@ def make_evaluator(
         engine,
         tokenizer,
         task,
-        make_judge(cfg, task),
+        make_judge(cfg, task, "in evaluation"),
         Sampling(
             max_tokens=cfg.inference_model.max_tokens,
             temperature=cfg.eval.temperature,

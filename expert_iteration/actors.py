@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from expert_iteration import timeline
 from expert_iteration.remote import Waiting, get_from
 from expert_iteration.screen import redirect_output
+from expert_iteration.selection_advice import WITHIN_GROUPS
 from expert_iteration.turns import Turns
 
 if TYPE_CHECKING:
@@ -81,10 +82,19 @@ class CollectorClient:
         overlap: gather the next batch while the caller works on the one just yielded (`train.sync_iter=false`).
         waiting: how to wait for a batch.
         turns: of engine and trainer on an accelerator that they share.
+        advice: what to change where nothing is kept, as `selection_advice.advise` says.
     """
 
     def __init__(
-        self, actor: Any, replay_buffer: Any, num_batches: int, *, overlap: bool, waiting: Waiting, turns: Turns
+        self,
+        actor: Any,
+        replay_buffer: Any,
+        num_batches: int,
+        *,
+        overlap: bool,
+        waiting: Waiting,
+        turns: Turns,
+        advice: str = WITHIN_GROUPS,
     ) -> None:
         self._actor = actor
         self._replay_buffer = replay_buffer
@@ -92,6 +102,7 @@ class CollectorClient:
         self._overlap = overlap
         self._waiting = waiting
         self._turns = turns
+        self._advice = advice
         self._num_written = 0
         self._current: CollectedBatch | None = None  # that the caller works on
         self._collecting: Any = None  # the call under way
@@ -107,7 +118,7 @@ class CollectorClient:
                 self._turns.to_engine()
                 self._collecting = self._actor.collect.remote()
             with _waiting_for_data():
-                self._waiting.wait(self._collecting, since, kept_nothing(num_empty))
+                self._waiting.wait(self._collecting, since, kept_nothing(num_empty, self._advice))
             get_from("collector", self._collecting)
             batch = get_from("collector", self._actor.write.remote(self._replay_buffer))
             for note in batch.notes:
@@ -235,14 +246,13 @@ class BackgroundCollector:
             self._unseen = last_written[len(last_written) - num_unseen :]
 
 
-def kept_nothing(num_batches: int) -> str | None:
+def kept_nothing(num_batches: int, advice: str) -> str | None:
     """Why there is nothing to train on where so many batches came in vain; None for 0."""
     if not num_batches:
         return None
     return (
-        f"{num_batches} batches came meanwhile and none of their responses was kept (selection/* in metrics.jsonl). A "
-        "finer reward, more env.repeats or other prompts tell responses apart; where most are right, train.selection="
-        "topk or threshold keeps some; a lower train.min_reward keeps more"
+        f"{num_batches} batches came meanwhile and none of their responses was kept (selection/* in metrics.jsonl): "
+        f"{advice}"
     )
 
 

@@ -12,7 +12,10 @@ One answer of a response is judged, whatever else it says: guessing twice is no 
 How it is read: exactly, as a fraction. An answer states one number; with words, units or a currency around it, but of
 several numbers none counts, lest "3 or 4" be right twice. After an equals sign only what follows the last one is read.
 A percent sign is a unit ("10%" is 10), "5 million" is 5,000,000, "1.5e3", powers, roots and multiples of pi are no
-number, nor is one of more than 40 digits. Nothing is evaluated, and the time is linear in the length of the text.
+number, nor is one of more than 40 digits. A minus may stand apart from its number ("- 5", "-(5)", "-\text{5}"), also
+where it may have been meant as the dash of a list or after a word; one that stands between two things ("10 - 5", "x-5")
+belongs to neither, and what it leaves is no single number. Nothing is evaluated, and the time is linear in the length
+of the text.
 """
 
 import re
@@ -28,21 +31,24 @@ MAX_ANSWER_CHARS = 500
 MAX_DIGITS = 40
 
 # Repetitions are bounded or possessive, so that no text takes more than a few steps a character.
+# What may stand between a sign and its number: spaces, marks, brackets, a currency, LaTeX commands but for roots.
+_BETWEEN = r"(?:[^\S\n]|[*_`$€£¥₹(\[{]|\\(?!sqrt)[A-Za-z]{1,20}+)"
 _DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{2,3}){0,12},[0-9]{3}(?![0-9])|[0-9]++)(?:\.[0-9]++)?|\.[0-9]++)"
 _NUMBER = re.compile(
     rf"""
     (?P<odd_before>(?:/|√|\\sqrt\s?\{{?)\s?)?
     (?<![\w^])                                          # "x2" and "m2" hold no number
-    (?P<sign>(?<![\w)\]}}+-])[-+](?=(?:[$€£¥₹]\s?)?\.?[0-9]))?  # "10-15" is a range
-    [$€£¥₹]?\s?(?<![\w^])
-    (?:(?P<whole>[0-9]{{1,{MAX_DIGITS}}})\s{{1,3}}(?=[0-9]{{1,{MAX_DIGITS}}}\s?/\s?[0-9]))?
+    (?P<sign>(?<![\w)\]}}+-])[-+](?:{_BETWEEN}|[-+]){{0,8}})?  # "10-15" is a range
+    [$€£¥₹]?[^\S\n]?(?<![^\W_])(?<!\^)
+    (?:(?P<whole>[0-9]{{1,{MAX_DIGITS}}})[^\S\n]{{1,3}}(?=[0-9]{{1,{MAX_DIGITS}}}\s?/\s?[0-9]))?
     (?P<number>{_DIGITS})
     (?:\s?/\s?(?P<denominator>{_DIGITS}))?
-    (?P<odd_after>[eE][-+]?[0-9]++|\s?(?:\^|\*\*|π|\\pi\b|\\sqrt\b|√)|[⁰¹²³⁴-⁹])?
+    (?P<odd_after>[eE][-+]?[0-9]++|\*\*(?=\w)|\s?(?:\^|\*\*(?=\s?[-+(]{{0,2}}[0-9])|π|\\pi\b|\\sqrt\b|√)|[⁰¹²³⁴-⁹])?
     (?:\s{{0,3}}(?P<scale>(?i:hundred|thousand|million|billion|trillion))\b)?
     """,
     re.VERBOSE,
 )
+_AFTER_MINUS = re.compile(r"-(?:\s|" + _BETWEEN + r"){0,8}\Z")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -71,14 +77,17 @@ _REWRITES = tuple(
         (r"\\[dtc]?frac\s?(?:\{([^{}]{1,60})\}|([0-9]))\s?(?:\{([^{}]{1,60})\}|([0-9]))", r"\1\2/\3\4 "),
         (r"\^\s?(?:\{\s?\\circ\s?\}|\\circ\b)", "°"),
         (r"\^\s?(?:\{[^{}]{0,20}\}|[-+]?[0-9]{1,20})", "^"),
-        (r"(?i)\b(?:minus|negative)\s{1,3}(?=[$€£¥₹]?\.?[0-9])", "-"),
+        (rf"(?i)\b(?:minus|negative)\b(?={_BETWEEN}{{1,8}}+\.?[0-9])", "-"),
         (r"(?i)\b(?:USD|US(?=\$)|EUR|GBP|INR|Rs\.?)\s?(?=[-+$€£¥₹]?\.?[0-9])", ""),
+        # An operator is not apart from what comes before it, lest it be taken for a sign.
+        (r"(?<=[0-9)\]}])[^\S\n]{1,3}([-+])(?=[^\S\n])", r"\1"),
     )
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\s?\{")
 _HEADING = re.compile(r"\s*[0-9]{1,3}\s?[.):]\s+\S")
 _LATEX_WORDS = re.compile(r"\\[A-Za-z]+")
 _LETTER = re.compile(r"[^\W\d_]")
+_WORD = re.compile(r"[^\W\d_⁰¹²³⁴-⁹]+")
 
 
 def check_mode(mode: str) -> None:
@@ -90,9 +99,11 @@ def check_mode(mode: str) -> None:
 def holds_answer(response: str, truth: str, mode: str = "auto") -> bool:
     """Whether the answer that a response gives is the ground truth.
 
-    A truth that begins with a number (`72 apples`, `$5`, `\\frac{3}{4}`, `x = 3`) is compared as a number. Any other is
-    compared as text without regard to case, white space and marks around it; in `auto` a response without any of the
-    forms is then an answer as a whole.
+    A truth that is one number (`72`, `$5`, `\\frac{3}{4}`, `x = 3`) is compared as a number, whatever words are around
+    it in the response. One with words after the number (`5 apples`, `3 cm`) is compared as number and words: the
+    response may lack the words, but not have others there. Any other truth, also one whose number runs on in letters
+    (`2x`, `7th Street`), is compared as text without regard to case, white space and marks around it; in `auto` a
+    response without any of the forms is then an answer as a whole.
 
     Args:
         response: text, special tokens removed.
@@ -108,9 +119,12 @@ def holds_answer(response: str, truth: str, mode: str = "auto") -> bool:
     given = find_answer(response, mode, numeric=number is not None)
     if given is None:
         return False
-    if number is not None:
-        return read_number(given) == number
-    return _as_text(given) == _as_text(truth) != ""
+    if number is None:
+        return _as_text(given) == _as_text(truth) != ""
+    if read_number(given) != number:
+        return False
+    said, wanted = _words_after_number(given), _words_after_number(truth)
+    return not said or said[: len(wanted)] == wanted
 
 
 def find_answer(response: str, mode: str = "auto", *, numeric: bool = True) -> str | None:
@@ -190,7 +204,17 @@ def _is_number_line(line: str) -> bool:
 
 
 def _number_at_start(truth: str) -> Fraction | None:
-    return read_number(truth) if _begins_with_number(_after_equals(_plain(truth))) else None
+    """The number of a truth that is to be compared as one."""
+    stated = _after_equals(_plain(truth))
+    if not _begins_with_number(stated) or (match := _only_number(stated)) is None:
+        return None
+    return None if _LETTER.match(stated, match.end()) else _value(match)
+
+
+def _words_after_number(text: str) -> list[str]:
+    """In small letters; there is one number."""
+    match = _only_number(_plain(text))
+    return [] if match is None else _WORD.findall(_LATEX_WORDS.sub(" ", match.string[match.end() :]).casefold())
 
 
 def _begins_with_number(plain: str) -> bool:
@@ -203,7 +227,9 @@ def _only_number(plain: str) -> re.Match[str] | None:
     if len(stated) > MAX_ANSWER_CHARS:
         return None
     matches = list(_NUMBER.finditer(stated))
-    return matches[0] if len(matches) == 1 else None
+    if len(matches) != 1 or _AFTER_MINUS.search(stated, 0, matches[0].start()):
+        return None
+    return matches[0]
 
 
 def _after_equals(plain: str) -> str:
@@ -219,7 +245,8 @@ def _plain(text: str) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    if match["odd_before"] or match["odd_after"]:
+    signs = [character for character in match["sign"] or "" if character in "-+"]
+    if match["odd_before"] or match["odd_after"] or len(signs) > 1:
         return None
     parts = [(match[name] or "").replace(",", "") for name in ("number", "denominator", "whole")]
     if max(map(len, parts)) > MAX_DIGITS:
@@ -231,7 +258,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
             return None
         value /= Fraction(denominator)
     value = (value + int(whole or 0)) * _SCALES.get((match["scale"] or "").lower(), 1)
-    return -value if match["sign"] == "-" else value
+    return -value if signs == ["-"] else value
 
 
 def _as_text(text: str) -> str:

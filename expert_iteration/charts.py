@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -99,7 +99,25 @@ CHARTS = (
     Chart("Throughput", "tokens per second", SPEEDS, OVER_STEPS, (0.0, None)),
     Chart("KL coefficient", "weight in the loss", KL_COEFFICIENT, OVER_STEPS, if_constant=False, is_smoothed=False),
 )
-CHART_METRICS = frozenset(name for chart in CHARTS for name in (*chart.curves, *chart.errors.values()))
+REWARD_PART = "collector/reward/"
+MAX_PARTS = 6
+
+
+def charts_of(metric_names: Iterable[str]) -> list[Chart]:
+    """The charts of a run that has these metrics: `CHARTS`, and beside that of the reward one for each of its parts.
+
+    Parts are drawn before weighting, the first `MAX_PARTS` by name.
+    """
+    parts = sorted(name for name in metric_names if name.startswith(REWARD_PART))[:MAX_PARTS]
+    names = {name: name.removeprefix(REWARD_PART) for name in parts}
+    of_parts = [Chart(f"Reward: {label}", "mean part", {name: label}, OVER_BATCHES) for name, label in names.items()]
+    place = 1 + next(number for number, chart in enumerate(CHARTS) if "collector/rewards/mean" in chart.curves)
+    return [*CHARTS[:place], *of_parts, *CHARTS[place:]]
+
+
+def metrics_of(charts: Iterable[Chart]) -> set[str]:
+    """The names of what they draw."""
+    return {name for chart in charts for name in (*chart.curves, *chart.errors.values())}
 
 
 class Curve(NamedTuple):
@@ -121,9 +139,9 @@ class Figure(NamedTuple):
     svg: str
 
 
-def draw_all(series: Series) -> list[Figure]:
+def draw_all(charts: Iterable[Chart], series: Series) -> list[Figure]:
     """The charts of a run, without those that are not worth their place."""
-    return [draw(chart, series) for chart in CHARTS if _is_worth_its_place(chart, series)]
+    return [draw(chart, series) for chart in charts if _is_worth_its_place(chart, series)]
 
 
 def draw(chart: Chart, series: Series) -> Figure:

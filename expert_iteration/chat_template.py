@@ -82,6 +82,11 @@ def describe_chat_template(tokenizer: Any, system_prompt: str | None) -> list[st
         )
     if tokenizer.chat_template.startswith(FOLDED_SYSTEM_PROMPT) and system_prompt is not None:
         notes.append("note: the chat template has no place for a system prompt, which begins the user's turn instead")
+    if beginning := _left_to_the_model(tokenizer):
+        notes.append(
+            f"note: the chat template ignores add_generation_prompt, so each response has to begin with {beginning!r} "
+            "itself, which the template writes before an assistant's text (model.chat_template takes another)"
+        )
     return notes
 
 
@@ -90,7 +95,13 @@ def chat_prompt_ids(tokenizer: Any, system_prompt: str | None, question: str) ->
     messages = [{"role": "user", "content": question}]
     if system_prompt is not None:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+        tokenizer_kwargs={"verbose": False},  # no warning of a prompt that is too long: those are left out
+    )
 
 
 def end_of_turn_id(tokenizer: Any) -> int:
@@ -186,7 +197,7 @@ def _plain(tokenizer: Any, name: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"model.chat_template ({path}) cannot be read ({error}): correct it.") from error
 
@@ -209,6 +220,20 @@ def _takes_system_prompt(tokenizer: Any, text: str) -> bool:
     return SYSTEM in rendered
 
 
+def _left_to_the_model(tokenizer: Any) -> str:
+    """What stands between a prompt and the response in a dialog, where the template does not begin it; white space
+    apart.
+    """
+    with_beginning, without = (
+        tokenizer.apply_chat_template([USER_TURN], tokenize=False, add_generation_prompt=flag) for flag in (True, False)
+    )
+    dialog = tokenizer.apply_chat_template([USER_TURN, ASSISTANT_TURN], tokenize=False)
+    before = dialog[: dialog.rindex(RESPONSE)]
+    if with_beginning != without or not before.startswith(without):
+        return ""
+    return before.removeprefix(without).strip()
+
+
 def _render(tokenizer: Any, text: str, turns: list[dict[str, str]]) -> tuple[str, str]:
     """What a template makes of turns, and "" or, where it fails, "" and the reason in one line."""
     from jinja2 import TemplateError
@@ -219,5 +244,13 @@ def _render(tokenizer: Any, text: str, turns: list[dict[str, str]]) -> tuple[str
             turns, chat_template=text, tokenize=False, add_generation_prompt=is_prompt
         ), ""
     # Jinja's own errors, and what expressions in a template raise.
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         return "", f"{type(error).__name__}: {' '.join(str(error).split())}"

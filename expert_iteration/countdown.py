@@ -38,11 +38,17 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = 
     ast.Div: operator.truediv,
 }
 SIGNS = (
-    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u22c5]|(?<=[\d)\s])[xX](?=[\d(\s])"), "*"),
+    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7\u2217\u2219\u22c5]|(?<=[\d)\s])[xX](?=[\d(\s])"), "*"),
     (re.compile(r"\\div|\u00f7"), "/"),
     (re.compile(r"[\u2212\u2013]"), "-"),
     (re.compile(r"\\left|\\right|\\[()\[\]]|\$"), " "),
+    (re.compile(r"\["), "("),
+    (re.compile(r"\]"), ")"),
+    (re.compile(r"\s"), " "),  # such as a no-break space
 )
+# Full-width characters, as they are on East Asian keyboards. NFKC would turn 5² into 52 as well.
+WIDE = {0xFEE0 + code: code for code in range(ord("!"), ord("~") + 1)}
+MARKS = "*_`"  # Markdown's, around an expression
 EXPRESSION = re.compile(r"[\d\s+\-*/()]+", re.ASCII)
 
 Numbers = tuple[int, ...]
@@ -101,7 +107,7 @@ def countdown_correct(response: str, numbers: Sequence[int], target: int) -> boo
         numbers: each may be used at most once, and need not be used.
         target: to be met exactly.
     """
-    answer = find_answer(response, "answer_tag") or ""
+    answer = _without_marks((find_answer(response, "answer_tag") or "").translate(WIDE))
     # "12 * 2 = 24": what is claimed must be the target too.
     expression, equals, claimed = answer.partition("=")
     return evaluate(expression, numbers) == target and (not equals or evaluate(claimed, [target]) == target)
@@ -134,9 +140,9 @@ def evaluate(expression: str, numbers: Sequence[int]) -> Fraction | None:
     r"""The exact value of an expression that uses each of the numbers at most once; None: it is none, or has no value.
 
     There are + - * / (also as x, the signs of print, and LaTeX's but for `\frac`), a minus before what follows, and
-    parentheses.
+    parentheses, also square ones. Markdown's marks around it and a period behind it do not count.
     """
-    text = expression if len(expression) <= MAX_LENGTH else ""
+    text = _without_marks(expression.translate(WIDE)) if len(expression) <= MAX_LENGTH else ""
     for sign, plain in SIGNS:
         text = sign.sub(plain, text)
     if not EXPRESSION.fullmatch(text):
@@ -147,6 +153,15 @@ def evaluate(expression: str, numbers: Sequence[int]) -> Fraction | None:
         return None if Counter(_numbers_in(tree)) - Counter(numbers) else _value(tree)
     except (SyntaxError, ValueError, ZeroDivisionError):
         return None
+
+
+def _without_marks(text: str) -> str:
+    """Without a last period, and the marks before it that stand behind it as well, in reverse."""
+    text = text.strip().removesuffix(".").rstrip()
+    count = len(text) - len(text.lstrip(MARKS))
+    if count and text[:count] == text[: -count - 1 : -1]:
+        text = text[count:-count].strip().removesuffix(".")
+    return text
 
 
 def _numbers_in(tree: ast.expr) -> list[int]:

@@ -65,9 +65,9 @@ def custom_data_have_a_reward(cfg: Config) -> None:
 
 
 def evaluation_has_a_split_of_its_own(cfg: Config) -> None:
-    """What is held out is not trained on."""
+    """What is held out is not trained on; where nothing is trained it may be any."""
     split = cfg.env.split or "train"
-    if cfg.env.eval_split == split:
+    if cfg.env.eval_split == split and not cfg.eval.only:
         raise UserError(
             f"env.eval_split ({split}) is the split that is trained on: name another, or set it to null for the test "
             "split or, where there is none, prompts taken out of training."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,8 @@ def evaluate_alone(
         evaluator = ei_utils.make_evaluator(
             cfg, engine, start.task, ei_utils.get_tokenizer(cfg), metrics, say=screen.say
         )
-        evaluator.evaluate(step=0, pushes=0)
-        evaluator.close()
+        with closing(evaluator):
+            evaluator.evaluate(step=0, pushes=0)
     except BaseException as raised:
         error = raised
         raise

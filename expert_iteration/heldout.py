@@ -7,6 +7,7 @@ the order of the rows and whatever the seed.
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import islice
 
 from expert_iteration.errors import UserError
 from expert_iteration.problems import Problem
@@ -24,9 +25,7 @@ def choose_splits(
     Raises:
         UserError: there is no such split; lists those that there are.
     """
-    for key, name in (("env.split", split), ("env.eval_split", eval_split)):
-        if name is not None and name not in there:
-            raise UserError(f"{key}={name} is no split of {where}: choose one of {', '.join(there)}.")
+    _check_names(there, split, eval_split, where)
     others = [name for name in there if name not in ("test", eval_split)]
     if split is None:
         if "train" not in others and len(others) != 1:
@@ -37,6 +36,25 @@ def choose_splits(
     if eval_split is None and split != "test" and "test" in there:
         eval_split = "test"
     return split, eval_split
+
+
+def choose_split_alone(
+    there: Collection[str], split: str | None, eval_split: str | None, where: str
+) -> tuple[None, str]:
+    """The same where nothing is trained: no split to train on, and the one to evaluate with.
+
+    Without `eval_split` it is `test`, or where there is none the one of which a training would hold problems out.
+    """
+    _check_names(there, split, eval_split, where)
+    if eval_split is None:
+        eval_split = "test" if "test" in there else choose_splits(there, split, None, where)[0]
+    return None, eval_split
+
+
+def _check_names(there: Collection[str], split: str | None, eval_split: str | None, where: str) -> None:
+    for key, name in (("env.split", split), ("env.eval_split", eval_split)):
+        if name is not None and name not in there:
+            raise UserError(f"{key}={name} is no split of {where}: choose one of {', '.join(there)}.")
 
 
 def in_hash_order(problems: Iterable[Problem], key: Key) -> list[Problem]:
@@ -51,25 +69,31 @@ def _content(problem: Problem) -> tuple[str, str, str]:
     return problem.answer, problem.question, json.dumps(problem.metadata, sort_keys=True, default=str)
 
 
-def hold_out(problems: Sequence[Problem], count: int, key: Key, where: str) -> list[Problem]:
-    """So many of the problems, of which at least as many must stay to train on."""
-    distinct = in_hash_order(problems, key)
-    if count > len(distinct) // 2:
+def leave_half_to_train_on(distinct: Sequence[Problem], count: int, where: str) -> None:
+    """Refuse to take more than half of the problems out of training."""
+    most = len(distinct) // 2
+    if count > most:
+        remedy = f"lower it to at most {most}" if most else "give more rows, or a split for evaluation"
         raise UserError(
             f"eval.num_prompts ({count}) is more than half of the {len(distinct)} questions of {where}, which has no "
-            f"split for evaluation, so they are taken out of training: lower it to at most {len(distinct) // 2}."
+            f"split for evaluation, so they are taken out of training: {remedy}."
         )
-    return distinct[:count]
 
 
-def first(heldout: Sequence[Problem], count: int, where: str) -> list[Problem]:
-    """The first of the held-out problems."""
-    if count > len(heldout):
+def first(heldout: Sequence[Problem], count: int, where: str, fits: Callable[[Problem], bool]) -> list[Problem]:
+    """The first of the held-out problems that fit."""
+    taken = list(islice(filter(fits, heldout), count))
+    if len(taken) < count:
+        are = "" if len(taken) == len(heldout) else " that are short enough"
+        remedy = (
+            f"lower it to at most {len(taken)}"
+            if taken
+            else "raise inference_model.max_model_len, or lower inference_model.max_tokens"
+        )
         raise UserError(
-            f"eval.num_prompts ({count}) is more than the {len(heldout)} held-out problems of {where}: "
-            f"lower it to at most {len(heldout)}."
+            f"eval.num_prompts ({count}) is more than the {len(taken)} held-out problems of {where}{are}: {remedy}."
         )
-    return list(heldout[:count])
+    return taken
 
 
 def without_overlap(

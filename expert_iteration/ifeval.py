@@ -6,7 +6,7 @@ What is judged for what:
 - the task's pass and its figures: the same where there is an `<answer>`, else the whole response. The system prompt
   asks for the tags; a model that was never asked to write them, or has not learned to, is judged as the benchmark does.
 
-The libraries of the checkers are imported when the first response is judged.
+The libraries of the checkers are imported when the first response is judged, or by `prepare`.
 """
 
 import functools
@@ -90,6 +90,12 @@ def check_requirements() -> None:
         raise UserError(
             f"env.dataset=ifeval needs {', '.join(missing)} to score responses: pip install -r requirements_ifeval.txt."
         )
+
+
+def prepare() -> None:
+    """Import the checkers, and have them load what they count sentences and tell languages by."""
+    kinds = ["language:response_language", "length_constraints:number_sentences"]
+    ifeval_follow("", kinds, [{"language": "en"}, {"num_sentences": 1, "relation": "at least"}], "One sentence.")
 
 
 def _reward(problem: "Problem", response: str) -> float:

@@ -1,11 +1,13 @@
 """`Judge`: what a task says of responses, the reward with its components and whether they are right.
 
 A response whose judging fails costs its reward, never the run: a function that raises, hangs (`reward.workers`) or
-gives no finite number. Failures are counted (`reward_failures`), the first is shown, and five in a row end the run.
+gives no finite number (in float32, as which it is stored). Failures are counted (`reward_failures`), the first is
+shown, and five prompts in a row, of which no response could be judged, end the run: not one bad row, nor one bad group.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import statistics
@@ -20,7 +22,8 @@ from expert_iteration.scoring import Scored, Scorer
 from expert_iteration.tasks import Problem, Task
 
 DEFAULT_PASS_THRESHOLD = 1.0
-MAX_FAILURES_IN_A_ROW = 5
+MAX_FAILED_PROMPTS = 5
+"""In a row."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +46,26 @@ class Judge:
         pass_threshold: the reward from which on a response is right; None: as the task says, and 1 where it does not.
         workers: processes that judge one response each; 0: a whole batch in this one, without a limit of time.
         timeout: seconds for a response in a worker.
+        where: the responses come from, as the user is told: "in collection".
     """
 
     def __init__(
-        self, task: Task, *, pass_threshold: float | None = None, workers: int = 0, timeout: float = math.inf
+        self,
+        task: Task,
+        *,
+        pass_threshold: float | None = None,
+        workers: int = 0,
+        timeout: float = math.inf,
+        where: str = "",
     ) -> None:
         scorer = Scorer(task.reward, task.correct if pass_threshold is None else None)
         self._pool = JudgingPool(scorer, workers, timeout) if workers else None
         self._score = scorer.score if self._pool is None else self._pool.score
         self._pass_threshold = DEFAULT_PASS_THRESHOLD if pass_threshold is None else pass_threshold
         self._components: dict[str, list[float]] = defaultdict(list)
-        self._failures = self._failures_in_a_row = 0
+        self._where = where and f" {where}"
+        self._failures = 0
+        self._failed_prompts: set[str] = set()  # since the last response that could be judged
         self._has_warned = False
         self._notes: list[str] = []
 
@@ -65,42 +77,43 @@ class Judge:
             responses: without special tokens.
 
         Raises:
-            UserError: the fifth response in a row fails, or a function's result has the wrong form.
+            UserError: all responses to five prompts in a row fail, or a function's result has the wrong form.
         """
         try:
-            return [self._conclude(scored) for scored in self._score(problems, responses)]
+            scored = self._score(problems, responses)
+            return [self._conclude(problem, one) for problem, one in zip(problems, scored, strict=True)]
         except BaseException:
             self.close()  # or this process would not exit before its workers have judged the rest
             raise
 
-    def _conclude(self, scored: Scored) -> Judgement:
+    def _conclude(self, problem: Problem, scored: Scored) -> Judgement:
         reward = total(scored.reward)
         failure = scored.failure
-        if not math.isfinite(reward):
-            failure = failure or f"The reward is {reward}."
+        if not math.isfinite(ctypes.c_float(reward).value):
+            failure = failure or f"The reward is {reward}, which is no finite number in float32."
             reward = math.nan
         if failure is None:
-            self._failures_in_a_row = 0
+            self._failed_prompts.clear()
         else:
-            self._count_failure(failure)
+            self._count_failure(problem, failure)
         correct = reward >= self._pass_threshold if scored.correct is None else bool(scored.correct)
         components = components_of(scored.reward) if math.isfinite(reward) else {}
         for name, value in components.items():
             self._components[name].append(value)
         return Judgement(reward, correct, components)
 
-    def _count_failure(self, failure: str) -> None:
+    def _count_failure(self, problem: Problem, failure: str) -> None:
         self._failures += 1
-        self._failures_in_a_row += 1
+        self._failed_prompts.add(problem.question)
         if not self._has_warned:
             self._has_warned = True
-            note = f"note: a response was left out, because it could not be judged:\n{failure.rstrip()}"
+            note = f"note: a response{self._where} was left out, because it could not be judged:\n{failure.rstrip()}"
             self._notes.append(note)
             logger.warning(note)
-        if self._failures_in_a_row == MAX_FAILURES_IN_A_ROW:
+        if len(self._failed_prompts) == MAX_FAILED_PROMPTS:
             raise UserError(
-                f"{MAX_FAILURES_IN_A_ROW} responses in a row could not be judged: mend the reward (reward.fn), or what "
-                f"it needs. Of the last one:\n{failure.rstrip()}"
+                f"Of {MAX_FAILED_PROMPTS} prompts in a row no response{self._where} could be judged: mend the reward "
+                f"(reward.fn), or what it needs. Of the last one:\n{failure.rstrip()}"
             )
 
     def take_statistics(self) -> dict[str, float]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from expert_iteration.tasks import Problem
 
 START_SECONDS = 300.0  # for what a user's module imports
+LONGEST_SECONDS = 2e6  # poll(2) takes milliseconds in an int
 
 
 class WorkerLostError(Exception):
@@ -151,7 +152,7 @@ class _Worker:
 
     def _receive(self, timeout: float, complaint: str) -> tuple[str, Any]:
         try:
-            if not self._connection.poll(timeout):
+            if not self._connection.poll(min(timeout, LONGEST_SECONDS)):
                 raise WorkerLostError(complaint)
             return self._connection.recv()
         except (EOFError, OSError) as error:

@@ -1,14 +1,15 @@
 r"""MATH: is the answer of a response the same mathematical object as the ground truth? math-verify decides.
 
 math-verify (Hugging Face; `\frac{1}{2}` = 0.5, `(x+1)^2` = `x^2+2x+1`, sets, intervals, matrices, text) and SymPy
-below it are imported when the first answer is verified. An expression can keep SymPy busy for ever, and math-verify's
-own time limit is a signal, which works in the main thread of a process only: it is off, and the limit is
-`reward.timeout` in the processes of `reward.workers`.
+below it are imported when the first answer is verified, or by `prepare`. An expression can keep SymPy busy for ever,
+and math-verify's own time limit is a signal, which works in the main thread of a process only: it is off, and the limit
+is `reward.timeout` in the processes of `reward.workers`.
 """
 
 import functools
 import importlib.util
 import logging
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ REQUIREMENTS = ("math_verify",)
 # A matrix or a list of solutions is shorter; more is no answer.
 MAX_ANSWER_CHARS = 500
 RIGHT, WRONG, NO_ANSWER = 1.0, 0.1, 0.0
+# The base of a number, of which math-verify takes no notice: 2516_8, 1\text{A}_{16}.
+_BASE = re.compile(r"(?<=[0-9A-F}])_\s?\{?\s?([0-9]{1,2})\s?\}?$")
 
 
 def math_rewards(problems: Sequence["Problem"], responses: Sequence[str]) -> list[float]:
@@ -29,7 +32,7 @@ def math_rewards(problems: Sequence["Problem"], responses: Sequence[str]) -> lis
 
     An answer stands in the first `<answer>` or, without one, in the last `\boxed{}` (in the tag, too, what is boxed
     counts); nothing in a closed `<think>` block does. The truth stands in the last `\boxed{}` of `problem.answer`,
-    which may be a whole solution, or is all of it.
+    which may be a whole solution, or is all of it but for what ends in `####`.
     """
     return [_reward(response, problem.answer) for problem, response in zip(problems, responses, strict=True)]
 
@@ -48,6 +51,11 @@ def check_requirements() -> None:
         )
 
 
+def prepare() -> None:
+    """Import the verifier, and have it parse something, which imports the rest."""
+    _is_same("0.5", "1/2")
+
+
 def given_answer(response: str) -> str:
     """The answer that is judged; "" without one."""
     tagged = find_answer(response, "answer_tag")
@@ -56,8 +64,8 @@ def given_answer(response: str) -> str:
 
 
 def true_answer(solution: str) -> str:
-    """The answer of a solution, or of what is a bare answer."""
-    return boxed(solution) or solution.strip()
+    """The answer of a solution, boxed or (as in GSM8K) after `####`, or of what is a bare answer."""
+    return boxed(solution) or solution.rpartition("####")[2].strip()
 
 
 def _reward(response: str, solution: str) -> float:
@@ -74,6 +82,9 @@ def _is_same(given: str, truth: str) -> bool:
     if given == truth:
         return truth != ""
     if len(given) > MAX_ANSWER_CHARS:
+        return False
+    bases = [match[1] for match in map(_BASE.search, (given, truth)) if match]
+    if len(bases) == 2 and bases[0] != bases[1]:
         return False
     _, verify = _verifier()
     return bool(verify(_parsed(truth), _parsed(given), timeout_seconds=None))

@@ -1,7 +1,8 @@
 """Rewards from a model behind an OpenAI-compatible address (`reward.openai_url`): a judge, or a reward model.
 
 A *judge* is a chat model. It reads instructions with prompt, response and ground truth in them (`POST
-/v1/chat/completions` at temperature 0) and answers in words that hold `Score: x`, x from 0 to 10; the reward is x / 10.
+/v1/chat/completions` at temperature 0) and answers in words that hold `Score: x`, x from 0 to 10; the reward is x / 10
+(of `Score: x/N`, x / N).
 
 A *reward model* scores the dialog by itself. There is no such thing in OpenAI's API; what is asked is vLLM's `POST
 /pooling`, beside `/v1`, which every model of its pooling runner answers (vLLM 0.32, entrypoints/pooling), with user's
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from expert_iteration.answers import without_thoughts
 from expert_iteration.config import OpenAIKind
 from expert_iteration.errors import UserError
 from expert_iteration.scoring import FailedReward
@@ -56,9 +58,21 @@ How well does the response do what the prompt asks for? Where a reference answer
 result is wrong. Reason briefly. Then end with a line of its own: Score: x, where x is a number from 0 (useless or
 wrong) to 10 (right and complete)."""
 _PLACEHOLDER = re.compile(r"\{(prompt|response|answer)\}")
-# Also as models decorate it: **Score:** 7, Score: [7]/10.
-_SCORE = re.compile(r"\bscore\b[\s*_:=\[(\"']{1,10}(-?\d+(?:\.\d+)?)", re.IGNORECASE)
-_ONLY_A_NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*10)?\.?\s*")
+# Around a score: **Score:** 7, Score: $\boxed{7}$, {"score": 7}.
+_MARKS = re.compile(r"\\boxed|\\[()\[\]]|[*`$#{}()\[\]\"']")
+# The range behind the word: Score (0-10): 7.
+_ASIDE = re.compile(r"(?i)(?<=score)([\s*_`]{0,4})[(\[][^()\[\]\n]{0,60}[)\]](?=[\s*_`]{0,4}(?:[:=]|is\b))")
+_NUMBER = r"""
+    (?P<score>[-+]?(?:\d++(?:\.\d++)?|\.\d++))
+    (?:\ *(?:/|(?:out\ +)?of\b)\ *(?P<best>\d++(?:\.\d++)?))?
+    (?P<odd>\ *(?:[-\u2013\u2014]|to\b)\ *\d|[.,]\d|[%\w]|\ */)?  # a range, or another number than was read
+"""
+_SCORE = re.compile(rf"\bscore\b\s{{0,4}}(?:[:=]|is\b)?\s{{0,4}}{_NUMBER}", re.IGNORECASE | re.VERBOSE)
+_SCORE_LINE = re.compile(
+    rf"^[^\w\n]*(?:(?:my|the|final|overall|total)\s+){{0,3}}{_SCORE.pattern}[^\w\n]*$",
+    re.IGNORECASE | re.VERBOSE | re.MULTILINE,
+)
+_ONLY_A_NUMBER = re.compile(rf"\s*{_NUMBER}[\s.]*", re.IGNORECASE | re.VERBOSE)
 
 
 def load_openai_reward(reward: RewardConfig) -> OpenAIReward:
@@ -190,19 +204,24 @@ def fill_in(instructions: str, problem: Problem, response: str) -> str:
 
 
 def parse_score(reply: str) -> float:
-    """The last `Score: x` of a judge's reply, or a reply that is nothing but a number, from 0..10 to 0..1.
+    """The score in a judge's reply, from 0..10 (or, of `Score: 4/5`, 0..5) to 0..1.
+
+    It is the last `Score: x` on a line of its own, or else the last one anywhere; or the reply is nothing but a number.
+    What the judge says in `<think>` does not count.
 
     Raises:
-        ValueError: there is none, or it is out of range.
+        ValueError: there is none, or it is a range or out of range.
     """
-    only = _ONLY_A_NUMBER.fullmatch(reply)
-    scores = [only[1]] if only else _SCORE.findall(reply)
-    if not scores:
+    said = without_thoughts(reply).partition("<think>")[0]
+    text = _MARKS.sub("", _ASIDE.sub(r"\1", said)).replace("_", " ")
+    only = _ONLY_A_NUMBER.fullmatch(text)
+    matches = [only] if only else list(_SCORE_LINE.finditer(text)) or list(_SCORE.finditer(text))
+    if not matches:
         raise ValueError(f"the judge's reply has no `Score: x`: {reply[-500:]!r}")
-    score = float(scores[-1])
-    if not 0 <= score <= BEST_SCORE:
-        raise ValueError(f"the judge's score is not from 0 to {BEST_SCORE:g}: {reply[-500:]!r}")
-    return score / BEST_SCORE
+    score, best = float(matches[-1]["score"]), float(matches[-1]["best"] or BEST_SCORE)
+    if matches[-1]["odd"] or not 0 <= score <= best or best == 0:
+        raise ValueError(f"the judge's score is not one number from 0 to {best:g}: {reply[-500:]!r}")
+    return score / best
 
 
 def read_pooling(answer: Any) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from expert_iteration.actors import kept_nothing
 from expert_iteration.config import Config
 from expert_iteration.position import Position
+from expert_iteration.selection_advice import advise
 from expert_iteration.sizes import ceil_div, due_gradient_steps
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def paced_batches(
         elif collector.finished:
             break
         else:
-            why = _nothing_young_enough(cfg) if starved else kept_nothing(num_empty)
+            advice = advise(cfg.train.selection, cfg.train.min_reward)
+            why = _nothing_young_enough(cfg) if starved else kept_nothing(num_empty, advice)
             if starved and not said:
                 collector.say(f"note: {why}; waiting for new ones")
                 said = True

@@ -4,10 +4,11 @@ A function that makes a problem of a row takes the row and its `Columns`, and ra
 that cannot be used. Whatever other columns a row has are the problem's metadata.
 """
 
-import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from expert_iteration.answers import boxed
@@ -70,8 +71,7 @@ def ifeval_problem(row: Row, columns: Columns) -> Problem:
 def countdown_problem(row: Row, columns: Columns) -> Problem:
     """`nums` and `target`, integers; the prompt is made of them."""
     nums, target = row.get("nums"), row.get("target")
-    # A CSV file has the list as a text.
-    numbers = json.loads(nums) if isinstance(nums, str) else nums
+    numbers = _numbers_of(nums) if isinstance(nums, str) else nums
     if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("nums is not a list of whole numbers")
     text = _as_text(target, "target")
@@ -79,6 +79,12 @@ def countdown_problem(row: Row, columns: Columns) -> Problem:
         raise ValueError("target is not a whole number")
     metadata = {name: value for name, value in row.items() if name not in ("nums", "target")}
     return make_countdown_problem(numbers, int(text), metadata)
+
+
+def _numbers_of(text: str) -> list[int]:
+    """Of a CSV file's cell: a list as JSON or Python writes it, or as NumPy does, without commas."""
+    match = re.fullmatch(r"\s*\[([\d\s,]*)\]\s*", text, flags=re.ASCII)
+    return [] if match is None else [int(number) for number in match[1].replace(",", " ").split()]
 
 
 def make_countdown_problem(numbers: Sequence[int], target: int, metadata: Row | None = None) -> Problem:
@@ -109,10 +115,10 @@ def _question(row: Row, column: str) -> str:
     if not isinstance(value, list):
         return _as_text(value, column)
     if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in value):
-        raise ValueError(f"{column} is no list of chat messages with texts")
+        raise ValueError(f"{column!r} is no list of chat messages with texts")
     roles = [str(message.get("role")) for message in value]
     if roles not in (["user"], ["system", "user"]):
-        raise ValueError(f"{column} has the turns {', '.join(roles) or 'of nobody'}, not one of the user")
+        raise ValueError(f"{column!r} has the turns {', '.join(roles) or 'of nobody'}, not one of the user")
     return _as_text(value[-1]["content"], column)
 
 
@@ -122,16 +128,22 @@ def _as_text(value: Any, column: str) -> str:
         text = value.strip()
     elif isinstance(value, bool):
         text = str(value).lower()
-    elif isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+    elif isinstance(value, int):
         text = str(value)
+    elif isinstance(value, float) and math.isfinite(value):
+        text = format(Decimal(str(value)), "f")  # without an exponent, which is no number in an answer
+    elif isinstance(value, Decimal) and value.is_finite():
+        text = format(value, "f")
+    elif value is None or value != value:  # NaN, as which pandas writes what is missing
+        raise ValueError(f"no {column!r}")
     else:
-        raise ValueError(f"no {column}")
+        raise ValueError(f"{column!r} is a {type(value).__name__}, not a text or a finite number")
     if not text:
-        raise ValueError(f"empty {column}")
+        raise ValueError(f"empty {column!r}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"half a character in {column}") from None
+        raise ValueError(f"half a character in {column!r}") from None
     return text
 
 

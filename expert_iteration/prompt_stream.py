@@ -11,6 +11,8 @@ from torch.utils.data import IterableDataset
 from expert_iteration.seeds import derive_seed
 from expert_iteration.tasks import Problem
 
+MOST_TURNS = torch.iinfo(torch.int32).max  # for ever
+
 
 class PromptStream(IterableDataset):
     """Endless prompts: every problem once a pass, each pass in an order of its own.
@@ -47,7 +49,7 @@ class PromptStream(IterableDataset):
         self._problems = problems
         self._seed = seed
         self._shuffle = shuffle
-        self._skip_solved = skip_solved
+        self._skip_solved = min(skip_solved, MOST_TURNS)
         self._skip_hopeless_after = skip_hopeless_after
         self._order: tuple[int, Sequence[int]] | None = None
         self._start = dict(state) if state is not None else self._beginning()
@@ -115,12 +117,21 @@ class PromptStream(IterableDataset):
         while True:
             if self._place == len(self._problems):
                 self._epoch, self._place = self._epoch + 1, 0
+                self._leap()
             index = self._order_of(self._epoch)[self._place]
             self._place += 1
             if not self._skip_solved or self._marks[index] <= 0:
                 return index
             self._marks[index] -= 1
             self.num_skipped += 1
+
+    def _leap(self) -> None:
+        """Do at once the whole passes in which every problem would be passed over, all but the last of them."""
+        passes = int(self._marks.min()) - 1 if self._skip_solved else 0
+        if passes > 0:
+            self._marks -= passes
+            self._epoch += passes
+            self.num_skipped += passes * len(self._problems)
 
     def _order_of(self, epoch: int) -> Sequence[int]:
         if not self._shuffle:

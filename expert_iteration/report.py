@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expert_iteration.charts import CHART_METRICS, draw_all
+from expert_iteration.charts import charts_of, draw_all, metrics_of
 from expert_iteration.errors import UserError
 from expert_iteration.report_facts import (
     describe_selection,
@@ -43,6 +43,7 @@ from expert_iteration.run_directory import (
     write_whole,
 )
 from expert_iteration.score_table import figure_of, score_table
+from expert_iteration.selection_advice import advise
 from expert_iteration.timeline import ACTIVITIES, GENERATING, TRAINING
 from expert_iteration.timeline_chart import draw_timeline, list_shares
 from expert_iteration.timeline_report import build_timeline, describe_limit, percent
@@ -66,8 +67,9 @@ def write_report(run_dir: Path) -> Path:
     summary, config_text = read_summary(run_dir), _read_text(settings_folder(run_dir) / Path(CONFIG_FILE).name)
     config, metrics = read_config(config_text or "{}"), run_dir / METRICS_FILE
     evaluations = read_evaluations(summary) or evaluations_so_far(read_jsonl(metrics))
-    series = collect_series(read_jsonl(metrics), CHART_METRICS | WARNING_METRICS)
-    figures = draw_all(series)
+    charts = charts_of({name for line in read_jsonl(metrics) for name in line})
+    series = collect_series(read_jsonl(metrics), metrics_of(charts) | WARNING_METRICS)
+    figures = draw_all(charts, series)
     groups = read_groups(read_jsonl(run_dir / SAMPLES_FILE))
     columns, rows = score_table(evaluations)
     inputs = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE)
@@ -85,7 +87,12 @@ def write_report(run_dir: Path) -> Path:
         status=summary.get("status", UNFINISHED),
         error=summary.get("error"),
         missing=[name for name in inputs if not (run_dir / name).is_file()],
-        warnings=find_warnings(series, kl_budget=config.get("logging.kl_budget"), error=summary.get("error")),
+        warnings=find_warnings(
+            series,
+            kl_budget=config.get("logging.kl_budget"),
+            error=summary.get("error"),
+            advice=advise(config.get("train.selection"), config.get("train.min_reward")),
+        ),
         columns=columns,
         rows=rows,
         num_prompts=figure_of(evaluations, "num_prompts"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from expert_iteration.report_series import GROUPS_EQUAL, GROUPS_KEPT, Point, Series, in_windows
+from expert_iteration.selection_advice import WITHIN_GROUPS
 
 # Numbers are judged in windows (`in_windows`), so that one odd micro-batch or batch is no alarm. Those of evaluations
 # are not: each is a mean over all held-out responses, and a run may have two.
@@ -19,11 +20,6 @@ MOST_GROUPS = 0.5  # "most" groups of a batch
 # above the half what all responses of a group have in common is rather right than wrong.
 SATURATED, RATHER_RIGHT = 0.95, 0.5
 
-TELL_APART = (
-    "Where all responses to a prompt have the same reward there is no best: a finer reward, more env.repeats, a higher "
-    "inference_model.temperature or prompts of another difficulty tell them apart. Where most responses are right, "
-    "train.selection=topk or threshold with train.min_reward keeps the right ones."
-)
 SOMETHING_HARDER = (
     "There is little left to learn from these prompts: take harder ones, or a reward that tells the good from the "
     "better. Or the run is done, and train.stop_patience would end it."
@@ -64,14 +60,18 @@ class Stretch(NamedTuple):
     when: str
 
 
-def find_warnings(series: Series, *, kl_budget: float | None, error: str | None) -> list[RunWarning]:
+def find_warnings(
+    series: Series, *, kl_budget: float | None, error: str | None, advice: str = WITHIN_GROUPS
+) -> list[RunWarning]:
     """Everything that looks wrong in a run, the gravest first.
 
     Args:
         series: of `WARNING_METRICS`, as far as the run has them.
         kl_budget: nats per token (`logging.kl_budget`); None where it is not known.
         error: of summary.json.
+        advice: what to change where selection keeps too little, as `selection_advice.advise` says.
     """
+    advice = f"{advice[0].upper()}{advice[1:]}."
     saturated = list(_saturated_reward(series))
     return [
         *_engine_mismatch(error),
@@ -79,8 +79,8 @@ def find_warnings(series: Series, *, kl_budget: float | None, error: str | None)
         *_entropy_collapse(series),
         *_kl_above_budget(series, kl_budget),
         *_truncation(series),
-        *_nothing_kept(series),
-        *(saturated or _few_groups_kept(series)),
+        *_nothing_kept(series, advice),
+        *(saturated or _few_groups_kept(series, advice)),
         *_lost_records(series),
     ]
 
@@ -141,18 +141,18 @@ def _truncation(series: Series) -> Iterator[RunWarning]:
             )
 
 
-def _nothing_kept(series: Series) -> Iterator[RunWarning]:
+def _nothing_kept(series: Series, advice: str) -> Iterator[RunWarning]:
     kept = series.get("selection/batch_kept", ())
     empty = [point for point in kept if point.value == 0]
     if empty:
         title = f"Nothing was kept of {len(empty)} of {len(kept)} batches"
-        yield RunWarning(title, f"first after gradient step {empty[0].step}", TELL_APART)
+        yield RunWarning(title, f"first after gradient step {empty[0].step}", advice)
 
 
-def _few_groups_kept(series: Series) -> Iterator[RunWarning]:
+def _few_groups_kept(series: Series, advice: str) -> Iterator[RunWarning]:
     if found := _last_stretch(in_windows(series.get(GROUPS_KEPT, ())), lambda value: value < 1 - MOST_GROUPS):
         title = f"Most groups are dropped: down to {found.lowest:.0%} kept a response"
-        yield RunWarning(title, found.when, TELL_APART)
+        yield RunWarning(title, found.when, advice)
 
 
 def _saturated_reward(series: Series) -> Iterator[RunWarning]:

@@ -7,11 +7,10 @@ from typing import cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from expert_iteration.chat_template import is_template_file
 from expert_iteration.config import Config
 from expert_iteration.errors import UserError
 from expert_iteration.keys import explain_error, leaf_keys
-from expert_iteration.user_functions import with_absolute_path
+from expert_iteration.path_keys import PATH_KEYS, absolute
 from expert_iteration.validation import RULES, mode_belongs_to_script
 
 
@@ -65,27 +64,8 @@ def _is_missing(cfg: DictConfig, key: str) -> bool:
 
 def _make_paths_absolute(cfg: Config) -> None:
     """Workers run in other directories, so a relative path must not leave this process."""
-    if cfg.model.name.startswith(("/", ".", "~")):
-        cfg.model.name = _absolute(cfg.model.name)
-    if cfg.model.chat_template is not None and is_template_file(cfg.model.chat_template):
-        cfg.model.chat_template = _absolute(cfg.model.chat_template)
-    if cfg.env.dataset_path is not None:
-        cfg.env.dataset_path = _absolute(cfg.env.dataset_path)
-    if cfg.train.from_expert_set is not None:
-        cfg.train.from_expert_set = _absolute(cfg.train.from_expert_set)
-    if cfg.resume_from is not None:
-        # Without .., as Hydra has run directories.
-        cfg.resume_from = os.path.abspath(os.path.expanduser(cfg.resume_from))
-    if cfg.tiny.cache_dir is not None:
-        cfg.tiny.cache_dir = _absolute(cfg.tiny.cache_dir)
-    if isinstance(cfg.reward.fn, str):
-        cfg.reward.fn = with_absolute_path(cfg.reward.fn, Path.cwd())
-    elif isinstance(cfg.reward.fn, list):
-        cfg.reward.fn = [with_absolute_path(str(spec), Path.cwd()) for spec in cfg.reward.fn]
-    if cfg.reward.openai_prompt is not None:
-        cfg.reward.openai_prompt = _absolute(cfg.reward.openai_prompt)
+    for key in (*PATH_KEYS, "model.name", "model.chat_template", "reward.fn"):
+        section, _, name = key.rpartition(".")
+        owner = getattr(cfg, section) if section else cfg
+        setattr(owner, name, absolute(key, getattr(owner, name), Path.cwd()))
     cfg.logging.checkpoint_dir = os.path.expanduser(cfg.logging.checkpoint_dir)  # stays relative to the run directory
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())

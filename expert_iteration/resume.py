@@ -13,12 +13,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from omegaconf import OmegaConf
 
-from expert_iteration.chat_template import is_template_file
 from expert_iteration.checkpoint_files import (
     DamagedCheckpointError,
     SavedCheckpoint,
@@ -32,6 +32,7 @@ from expert_iteration.config import Config, Resume, to_plain_dict
 from expert_iteration.errors import UserError
 from expert_iteration.expert_set_reader import digest_of_examples
 from expert_iteration.keys import leaf_keys
+from expert_iteration.path_keys import absolute
 from expert_iteration.run_directory import (
     BEST_FOLDER,
     CONFIG_FILE,
@@ -48,7 +49,6 @@ from expert_iteration.run_directory import (
     write_whole,
 )
 from expert_iteration.sizes import Sizes
-from expert_iteration.user_functions import with_absolute_path
 
 if TYPE_CHECKING:
     from expert_iteration.tasks import Task
@@ -76,8 +76,6 @@ RUN_FILES = (
     *(EXPERT_SET_FOLDER, LAST_FOLDER, BEST_FOLDER),
 )
 SHOWN_CHANGES = 20
-# Whose values are always paths.
-PATH_KEYS = ("env.dataset_path", "train.from_expert_set", "tiny.cache_dir", "reward.openai_prompt")
 
 
 @dataclass(frozen=True)
@@ -290,25 +288,23 @@ def earlier_command(run_dir: Path) -> tuple[list[str], list[str]]:
     for source in sources:
         if source.provider == "command-line":
             flags += ["--config-dir", source.path]
-    overrides = [str(override) for override in OmegaConf.load(folder / "overrides.yaml")]
+    # Interpolations as they were written: they are of the configuration, and lead nowhere in this list.
+    overrides = cast(list[str], OmegaConf.to_container(OmegaConf.load(folder / "overrides.yaml"), resolve=False))
     return flags, overrides if cwd is None else [_absolute_path(override, Path(cwd)) for override in overrides]
 
 
 def _absolute_path(override: str, cwd: Path) -> str:
-    key, sign, value = override.partition("=")
-    if key == "reward.fn":
-        return _with_absolute_functions(override, cwd)
-    is_file = key == "model.name" and value.startswith(".")
-    is_file |= key == "model.chat_template" and is_template_file(value)
-    is_relative = not value.startswith(("/", "~", "'", '"')) and value != "null"
-    return f"{key}{sign}{cwd / value}" if (key in PATH_KEYS or is_file) and is_relative else override
-
-
-def _with_absolute_functions(override: str, cwd: Path) -> str:
-    value = OverridesParser.create().parse_override(override).value()
-    if isinstance(value, list):
-        return f"reward.fn=[{','.join(_quoted(with_absolute_path(str(spec), cwd)) for spec in value)}]"
-    return f"reward.fn={_quoted(with_absolute_path(value, cwd))}" if isinstance(value, str) else override
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.value_type is not ValueType.ELEMENT:  # a key that is left out has no value
+        return override
+    value = parsed.value()
+    if isinstance(value, str) and value.startswith("${"):
+        return override  # what it stands for may be absolute
+    changed = absolute(parsed.key_or_group, value, cwd)
+    if changed == value:
+        return override
+    written = f"[{','.join(map(_quoted, changed))}]" if isinstance(changed, list) else _quoted(changed)
+    return f"{parsed.get_key_element()}={written}"
 
 
 def _quoted(text: str) -> str:

@@ -9,6 +9,17 @@ from expert_iteration.errors import UserError
 from expert_iteration.reward_sum import NAMES, OPENAI, component_name, named_functions
 
 MATH = "math"  # as `reward.fn`: the verifier (`math_answers.py`)
+WITH_NUMBERS = (Dataset.gsm8k, Dataset.tiny, Dataset.custom)
+JUDGED = {
+    "tiny": WITH_NUMBERS,
+    "gsm8k": WITH_NUMBERS,
+    "gsm8k_granular": WITH_NUMBERS,
+    "gsm8k_granular_brief": WITH_NUMBERS,
+    MATH: (Dataset.math, *WITH_NUMBERS),
+    "ifeval": (Dataset.ifeval,),
+    "countdown": (Dataset.countdown,),
+}
+"""By reward the data sets that have what it compares with (custom: in `env.answer_column`)."""
 FORMS = f"one of {', '.join(NAMES)}, package.module:function, file.py:function, or a list of such"
 
 
@@ -25,6 +36,23 @@ def reward_function_has_a_place(cfg: Config) -> None:
             raise UserError(f"reward.fn ({spec}): the file {place} does not exist.")
     if cfg.reward.fn == []:
         raise UserError(f"reward.fn ([]) sums up nothing: give {FORMS}, or null for the task's own.")
+
+
+def rewards_have_what_they_compare_with(cfg: Config) -> None:
+    """A ground truth of their kind; a run on an expert set scores nothing."""
+    if cfg.train.from_expert_set is not None:
+        return
+    for name in named_functions(cfg.reward):
+        datasets = JUDGED.get(name)
+        if datasets is not None and cfg.env.dataset not in datasets:
+            raise UserError(
+                f"reward.fn ({name}) finds nothing to compare with in env.dataset={cfg.env.dataset}: it judges "
+                f"{', '.join(datasets)}. Leave it out, or set env.dataset to one of these."
+            )
+        if datasets is not None and cfg.env.dataset is Dataset.custom and cfg.env.answer_column is None:
+            raise UserError(
+                f"reward.fn ({name}) needs ground truths: set env.answer_column (null) to the column that has them."
+            )
 
 
 def summed_rewards_have_different_names(cfg: Config) -> None:
@@ -95,6 +123,7 @@ def verifier_has_a_time_limit(cfg: Config) -> None:
 
 REWARD_RULES = (
     reward_function_has_a_place,
+    rewards_have_what_they_compare_with,
     summed_rewards_have_different_names,
     reward_weights_belong_to_functions,
     openai_reward_has_an_address,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from expert_iteration.errors import UserError
 from expert_iteration.reward_registry import REWARDS, load_built_in
 from expert_iteration.rewards import Reward, RewardFn
-from expert_iteration.scoring import FailedReward
+from expert_iteration.scoring import FailedReward, ask_all
 from expert_iteration.user_functions import load_reward_fn
 
 if TYPE_CHECKING:
@@ -68,9 +68,12 @@ class RewardSum:
         self._parts = list(zip(names, functions, weights, strict=True))
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Reward]:
-        """The components of each response; each function is called once, with all of them."""
+        """The components of each response; each function is called once, with all of them.
+
+        One that raises is called again response by response, and no other with it, such as one that asks a server.
+        """
         columns = [
-            [_components(name, reward, weight) for reward in function(problems, responses)]
+            [_components(name, reward, weight) for reward in ask_all(function, problems, responses)]
             for name, function, weight in self._parts
         ]
         return [_merged(row) for row in zip(*columns, strict=True)]

@@ -29,10 +29,13 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
 def total(reward: Reward) -> float:
-    """The number, or the weighted sum of the components."""
+    """The number, or the weighted sum of the components.
+
+    The sum is rounded to nine decimals, so that what is 1 on paper reaches a threshold of 1.
+    """
     if not isinstance(reward, Mapping):
         return float(reward)
-    return sum(value * weight for value, weight in map(_weighted, reward.values()))
+    return round(float(sum(value * weight for value, weight in map(_weighted, reward.values()))), 9)
 
 
 def components_of(reward: Reward) -> dict[str, float]:

@@ -5,9 +5,11 @@ whatever else stands in its place in a malformed file: the caller counts those. 
 """
 
 import csv
+import glob
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,13 @@ def _read_saved(path: Path) -> Splits:
 def splits_of(loaded: Any) -> Splits:
     """Of a `Dataset` (all "train") or a `DatasetDict`."""
     by_split = loaded if isinstance(loaded, Mapping) else {"train": loaded}
-    return {str(name): rows.to_list for name, rows in by_split.items()}
+    return {str(name): partial(_rows_of, split) for name, split in by_split.items()}
+
+
+def _rows_of(split: Any) -> list[Any]:
+    """Of a `Dataset`."""
+    singles = [name for name, kind in split.features.items() if getattr(kind, "dtype", None) == "float32"]
+    return _as_written(split.to_list(), singles)
 
 
 def _read_directory(path: Path) -> Splits:
@@ -61,7 +69,8 @@ def _read_directory(path: Path) -> Splits:
     """
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    base = glob.escape(str(path))
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     splits: Splits = {}
     for split, names in found.items():
         if files := sorted(file for file in map(Path, names) if file.suffix.lower() in READERS):
@@ -117,15 +126,37 @@ def _read_csv(path: Path) -> list[Any]:
     before = csv.field_size_limit(sys.maxsize)  # one cell above 128 KiB would make the whole file unreadable
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            _refuse_repeated(reader.fieldnames or ())
+            return list(reader)
     finally:
         csv.field_size_limit(before)
 
 
+def _refuse_repeated(names: Sequence[str]) -> None:
+    """Of columns with one name all but the last would be lost. Those without a name are nobody's."""
+    repeated = [name for name, count in Counter(names).items() if count > 1 and name]
+    if repeated:
+        raise ValueError(f"its header has {', '.join(map(repr, repeated))} more than once")
+
+
 def _read_parquet(path: Path) -> list[Any]:
+    import pyarrow
     import pyarrow.parquet
 
-    return pyarrow.parquet.read_table(path).to_pylist()
+    table = pyarrow.parquet.read_table(path)
+    return _as_written(table.to_pylist(), [field.name for field in table.schema if field.type == pyarrow.float32()])
+
+
+def _as_written(rows: list[Any], singles: Iterable[str]) -> list[Any]:
+    """The rows with the numbers of float32 columns by their shortest digits: 0.1, and not 0.10000000149011612."""
+    import numpy as np
+
+    for name in singles:
+        for row in rows:
+            if row[name] is not None:
+                row[name] = float(str(np.float32(row[name])))
+    return rows
 
 
 def first_three(items: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from expert_iteration.memory import check_memory, describe_allocation
 from expert_iteration.model_shape import read_model_shape
 from expert_iteration.models import context_length, model_path
 from expert_iteration.places import Places
+from expert_iteration.prompt_limit import PromptLimit
 from expert_iteration.resume import check_fits, find_checkpoint, fingerprint
 from expert_iteration.run_directory import (
     METRICS_FILE,
@@ -43,7 +44,7 @@ from expert_iteration.run_directory import (
 from expert_iteration.screen import RemoteScreen, Screen, redirect_output
 from expert_iteration.sizes import Sizes, derive_sizes, describe_sizes
 from expert_iteration.sweep import is_sweep
-from expert_iteration.tasks import Task, load_task, without_long_prompts
+from expert_iteration.tasks import Task, load_task
 
 Train = Callable[..., None]
 Work = Callable[..., None]  # as `evaluate`
@@ -164,17 +165,22 @@ def _prepare_task(cfg: Config) -> tuple[Task, Any, list[str]]:
     """The task, without prompts that leave no room for a response, the tokenizer, and lines that describe the task."""
     if cfg.train.from_expert_set is not None:
         return task_of_expert_set(cfg, Path(cfg.train.from_expert_set))
-    task = load_task(cfg)
-    name = model_path(cfg)
     trust = cfg.model.trust_remote_code
-    tokenizer = load_tokenizer(name, trust, cfg.model.chat_template)
-    limit = context_length(name, cfg.inference_model.max_model_len, trust) - cfg.inference_model.max_tokens
-    task = without_long_prompts(
-        task, lambda problem: len(chat_prompt_ids(tokenizer, task.system_prompt, problem.question)), limit
-    )
-    counts = f"{len(task.train)} prompts for training, {len(task.heldout)} held out for evaluation"
-    notes = [f"{task.name}: {counts}", *task.notes]
-    return task, tokenizer, notes
+
+    # Not before the data are read: a mistake there is told at once, and the tiny model takes a minute to build.
+    @cache
+    def tokenizer() -> Any:
+        return load_tokenizer(model_path(cfg), trust, cfg.model.chat_template)
+
+    def find_limit() -> int:
+        context = context_length(model_path(cfg), cfg.inference_model.max_model_len, trust)
+        return context - cfg.inference_model.max_tokens
+
+    limit = PromptLimit(lambda system, question: len(chat_prompt_ids(tokenizer(), system, question)), find_limit)
+    task = load_task(cfg, limit)
+    training = "" if cfg.eval.only else f"{len(task.train)} prompts for training, "
+    notes = [f"{task.name}: {training}{len(task.heldout)} held out for evaluation", *task.notes]
+    return task, tokenizer(), notes
 
 
 def _describe_models(cfg: Config, allocation: DeviceAllocation) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,51 +50,44 @@ class Scorer:
     reward: RewardFn
     correct: CorrectFn | None
 
-    def score(self, problems: Sequence[Problem], responses: Sequence[str]) -> Iterator[Scored]:
-        """Score a batch with one call of each function, one at a time as they are asked for where a call raises.
-
-        A function that raises is called a second time then, with each response alone, which shows whose fault it was.
+    def score(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Scored]:
+        """Score a batch, as `ask_all` asks.
 
         Raises:
             UserError: from the functions.
         """
-        try:
-            scored = self._score_at_once(problems, responses)
-        except UserError:
-            raise
-        except Exception as error:
-            logger.warning("%r in a batch of %d responses: each is judged alone", error, len(responses))
-            return map(self.score_one, problems, responses)
-        return iter(scored)
-
-    def _score_at_once(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Scored]:
-        rewards = self.reward(problems, responses)
-        corrects = [None] * len(responses) if self.correct is None else self.correct(problems, responses)
-        return [Scored(reward, correct, _reason(reward)) for reward, correct in zip(rewards, corrects, strict=True)]
-
-    def score_one(self, problem: Problem, response: str) -> Scored:
-        """Score one response, whatever the functions do.
-
-        Raises:
-            UserError: from the functions.
-        """
-        reward, failure = _attempt(self.reward, problem, response, math.nan)
+        rewards = ask_all(self.reward, problems, responses)
         if self.correct is None:
-            return Scored(reward, None, failure or _reason(reward))
-        correct, other_failure = _attempt(self.correct, problem, response, False)
-        return Scored(reward, correct, failure or _reason(reward) or other_failure)
+            return [Scored(reward, None, _reason(reward)) for reward in rewards]
+        corrects = ask_all(self.correct, problems, responses)
+        return [
+            Scored(reward, False if _reason(correct) else bool(correct), _reason(reward) or _reason(correct))
+            for reward, correct in zip(rewards, corrects, strict=True)
+        ]
 
 
-def _attempt(
-    function: Callable[..., Sequence[Any]], problem: Problem, response: str, otherwise: Any
-) -> tuple[Any, str | None]:
+def ask_all(
+    function: Callable[[Sequence[Problem], Sequence[str]], Sequence[Any]],
+    problems: Sequence[Problem],
+    responses: Sequence[str],
+) -> Sequence[Any]:
+    """What a function says of a batch; `FailedReward` of the responses at which it raises, or wants to end the process.
+
+    One that raises is called again with each response alone, which shows whose fault it was.
+
+    Raises:
+        UserError: from the function.
+    """
     try:
-        return function([problem], [response])[0], None
+        return function(problems, responses)
     except UserError:
         raise
-    except Exception:
-        return otherwise, traceback.format_exc()
+    except (Exception, SystemExit) as error:
+        if len(responses) == 1:
+            return [FailedReward(traceback.format_exc())]
+        logger.warning("%s in a batch of %d responses: each is judged alone", type(error).__name__, len(responses))
+    return [ask_all(function, [problem], [response])[0] for problem, response in zip(problems, responses, strict=True)]
 
 
-def _reason(reward: Reward) -> str | None:
-    return reward.reason if isinstance(reward, FailedReward) else None
+def _reason(result: Any) -> str | None:
+    return result.reason if isinstance(result, FailedReward) else None

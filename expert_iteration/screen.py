@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from expert_iteration.selection_advice import WITHIN_GROUPS
+
 SHOW_EVERY = 2.0  # seconds
 
 
@@ -51,10 +53,12 @@ class Progress:
 
     Args:
         screen: the terminal.
+        advice: what to change where selection keeps too little, as `selection_advice.advise` says.
     """
 
-    def __init__(self, screen: RemoteScreen) -> None:
+    def __init__(self, screen: RemoteScreen, advice: str = WITHIN_GROUPS) -> None:
         self._screen = screen
+        self._advice = advice
         self._warned = False
         self._shown_at = math.inf  # before the first batch there is no bar to move
         self._latest: dict[str, float] = {}
@@ -98,9 +102,7 @@ class Progress:
         self._warned = True
         self._screen.say(
             f"note: {seen - kept:.0f} of {seen:.0f} groups were dropped, for train.selection keeps none of their "
-            "responses. A finer reward separates more of them, and so do more env.repeats; where most responses are "
-            "right already, train.selection=topk or threshold with train.min_reward keeps the right ones, or take "
-            "harder prompts; where all are wrong, a stronger model.name or easier prompts help."
+            f"responses: {self._advice}."
         )
 
 

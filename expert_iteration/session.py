@@ -27,6 +27,7 @@ from expert_iteration.resume import rewind
 from expert_iteration.run_directory import ACCEPTED_MARK, BEST_FOLDER, LAST_FOLDER, METRICS_FILE, read_jsonl
 from expert_iteration.screen import Progress, RemoteScreen, StepProgress
 from expert_iteration.seeds import derive_seed
+from expert_iteration.selection_advice import advise
 from expert_iteration.summary import Summary, write_summary
 from expert_iteration.turns import Turns
 from expert_iteration.wandb_logger import make_loggers
@@ -100,9 +101,10 @@ class Session:
             (start.settings / ACCEPTED_MARK).touch()
         run_id = None if checkpoint is None else checkpoint.manifest["wandb_run_id"]
         loggers = make_loggers(cfg, run_dir, "sync" if cfg.train.sync else "async", run_id)
+        advice = advise(cfg.train.selection, cfg.train.min_reward)
         self.metrics = Metrics(
             run_dir,
-            loggers=[*loggers, self._summary, Progress(screen) if num_engines(cfg) else StepProgress(screen)],
+            loggers=[*loggers, self._summary, Progress(screen, advice) if num_engines(cfg) else StepProgress(screen)],
             log_queue=log_queue,
             logging_frequency=cfg.train.logging_frequency,
             clock=self._elapsed,

@@ -8,27 +8,37 @@ Imports no torch, and `datasets` only to load with it.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from expert_iteration.config import Config, Selection, collects
 from expert_iteration.errors import UserError
-from expert_iteration.heldout import choose_splits, first, hold_out, in_hash_order, without_overlap
+from expert_iteration.heldout import (
+    choose_split_alone,
+    choose_splits,
+    first,
+    in_hash_order,
+    leave_half_to_train_on,
+    without_overlap,
+)
 from expert_iteration.hub_data import read_hub
 from expert_iteration.problem_reader import ProblemReader
 from expert_iteration.problems import Problem
+from expert_iteration.prompt_limit import Fits, PromptLimit, fits_always, quote
 from expert_iteration.reward_sum import load_reward
 from expert_iteration.rewards import CorrectFn, FormatFn, RewardFn
-from expert_iteration.rows import brief, first_three, read_path
+from expert_iteration.rows import Splits, first_three, read_path
 from expert_iteration.seeds import derive_seed
 from expert_iteration.sources import FiguresFn, Source, is_generated, source_of
 
 if TYPE_CHECKING:
-    from expert_iteration.config import Config
     from expert_iteration.expert_set_reader import Example
 
-__all__ = ["FiguresFn", "Problem", "Task", "load_task", "task_without_problems", "without_long_prompts"]
+__all__ = ["FiguresFn", "Problem", "Task", "load_task", "task_without_problems"]
 
 
 @dataclass(frozen=True)
@@ -53,22 +63,26 @@ class Task:
     """Responses to imitate as they are; nothing is sampled then (`train.from_expert_set`)."""
 
 
-def load_task(cfg: "Config") -> Task:
-    """The task that `env.dataset` names, `eval.num_prompts` problems held out.
+def load_task(cfg: Config, limit: PromptLimit | None = None) -> Task:
+    """The task that `env.dataset` names, `eval.num_prompts` problems held out; with `eval.only` none to train on.
+
+    Args:
+        cfg: the configuration.
+        limit: problems whose prompts are longer are not looked at; None: there is no limit.
 
     Raises:
         UserError: unknown data set, path or hub that cannot be read, missing split or columns, no usable row, or more
-            held-out problems asked for than there can be.
+            held-out problems asked for than there can be. It says which rows were skipped before, too.
     """
     source = source_of(cfg)
     source.check()
-    task = _with_generated(cfg, source) if is_generated(cfg) else _with_rows(cfg, source)
-    task = replace(task, train=_at_most(task.train, cfg), notes=(*task.notes, *_describe_pass(task, cfg)))
+    task = _with_generated(cfg, source, limit) if is_generated(cfg) else _with_rows(cfg, source, limit)
+    task = replace(task, notes=(*task.notes, *_long_ones(limit), *_describe_pass(task, cfg)))
     reward = load_reward(cfg.reward)
-    return task if reward is None else replace(task, reward=reward)
+    return task if reward is None else replace(task, reward=reward, notes=(*task.notes, *_describe_least(cfg)))
 
 
-def task_without_problems(cfg: "Config") -> Task:
+def task_without_problems(cfg: Config) -> Task:
     """How the task puts its prompts and judges responses; its data are not looked for."""
     source, given = source_of(cfg), cfg.env.system_prompt
     return Task(
@@ -83,66 +97,65 @@ def task_without_problems(cfg: "Config") -> Task:
     )
 
 
-def without_long_prompts(task: Task, count_tokens: Callable[[Problem], int], limit: int) -> Task:
-    """The task without the problems whose prompts are longer than `limit` tokens, and with a note that counts them.
-
-    Raises:
-        UserError: none is left to train on or to evaluate with.
-    """
-    lengths = {id(problem): count_tokens(problem) for problem in (*task.train, *task.heldout)}
-    train, heldout = (
-        [problem for problem in problems if lengths[id(problem)] <= limit] for problems in (task.train, task.heldout)
-    )
-    if not train or not heldout:
-        raise UserError(
-            f"No prompt of {task.name} is left for {'evaluation' if train else 'training'}: with the chat template all "
-            f"have more than {limit} tokens (inference_model.max_model_len less max_tokens). Raise max_model_len."
-        )
-    long = [problem for problem in (*task.train, *task.heldout) if lengths[id(problem)] > limit]
-    if not long:
-        return task
-    note = (
-        f"note: {len(long)} prompts were left out ({len(task.heldout) - len(heldout)} of them held out), for they have "
-        f"more than {limit} tokens: {first_three([f'{_quote(p)} ({lengths[id(p)]})' for p in long])}"
-    )
-    return replace(task, train=train, heldout=heldout, notes=(*task.notes, note))
-
-
-def _with_generated(cfg: "Config", source: Source) -> Task:
+def _with_generated(cfg: Config, source: Source, limit: PromptLimit | None) -> Task:
     assert source.generate is not None, "is_generated looked"
     train, heldout = source.generate()
     task = task_without_problems(cfg)
-    return replace(task, train=train, heldout=first(heldout, cfg.eval.num_prompts, task.name))
+    fits = fits_always if limit is None else limit.under(task.system_prompt)
+    with _telling(lambda: _long_ones(limit)):
+        return replace(
+            task,
+            train=[] if cfg.eval.only else _to_train_on(train, cfg, fits, task.name),
+            heldout=first(heldout, cfg.eval.num_prompts, task.name, fits),
+        )
 
 
-def _with_rows(cfg: "Config", source: Source) -> Task:
-    if cfg.env.dataset_path is not None:
-        where, splits = cfg.env.dataset_path, read_path(Path(cfg.env.dataset_path).expanduser())
-    else:
-        name, config = _place_on_hub(cfg, source)
-        where, splits = name, read_hub(name, config)
-    split, eval_split = choose_splits(splits, cfg.env.split, cfg.env.eval_split, where)
+def _with_rows(cfg: Config, source: Source, limit: PromptLimit | None) -> Task:
+    where, splits = _open(cfg, source)
+    choose = choose_split_alone if cfg.eval.only else choose_splits
+    split, eval_split = choose(splits, cfg.env.split, cfg.env.eval_split, where)
     reader = ProblemReader(source, cfg.env, where)
-    train = reader.read(splits[split](), split)
-    if eval_split is None:
-        never_trained_on = heldout = hold_out(train, cfg.eval.num_prompts, source.key, where)
-    else:
-        never_trained_on = in_hash_order(reader.read(splits[eval_split](), eval_split), source.key)
-        heldout = first(never_trained_on, cfg.eval.num_prompts, where)
-    train, removed = without_overlap(train, never_trained_on, source.key)
-    if not train:
-        raise UserError(f"{where} has no training question that is not held out: give other rows to train on.")
-    task = task_without_problems(cfg)
-    return replace(
-        task,
-        system_prompt=task.system_prompt if reader.system_message is None else reader.system_message,
-        train=train,
-        heldout=heldout,
-        notes=(*reader.notes, *_describe_repetitions(train, removed, source)),
-    )
+    with _telling(lambda: [*reader.notes, *_long_ones(limit)]):
+        train = [] if split is None else reader.read(splits[split](), split)
+        pool = in_hash_order(train if eval_split is None else reader.read(splits[eval_split](), eval_split), source.key)
+        task = task_without_problems(cfg)
+        if reader.system_message is not None:
+            task = replace(task, system_prompt=reader.system_message)
+        fits = fits_always if limit is None else limit.under(task.system_prompt)
+        if eval_split is None:
+            leave_half_to_train_on(pool, cfg.eval.num_prompts, where)
+        heldout = first(pool, cfg.eval.num_prompts, where, fits)
+        train, removed = without_overlap(train, heldout if eval_split is None else pool, source.key)
+        notes = [*reader.notes, *_describe_repetitions(train, removed, source)]
+        train = [] if split is None else _to_train_on(train, cfg, fits, where)
+    return replace(task, train=train, heldout=heldout, notes=tuple(notes))
 
 
-def _place_on_hub(cfg: "Config", source: Source) -> tuple[str, str | None]:
+@contextmanager
+def _telling(notes: Callable[[], list[str]]) -> Iterator[None]:
+    """Have a mistake say what was left out before, which may be its cause."""
+    try:
+        yield
+    except UserError as error:
+        told = "; ".join(note.removeprefix("note: ") for note in notes())
+        if not told:
+            raise
+        raise UserError(f"{error} (Before, {told})") from error
+
+
+def _long_ones(limit: PromptLimit | None) -> list[str]:
+    return [] if limit is None else limit.notes()
+
+
+def _open(cfg: Config, source: Source) -> tuple[str, Splits]:
+    """Where the data are, and their splits."""
+    if cfg.env.dataset_path is not None:
+        return cfg.env.dataset_path, read_path(Path(cfg.env.dataset_path).expanduser())
+    name, config = _place_on_hub(cfg, source)
+    return name, read_hub(name, config)
+
+
+def _place_on_hub(cfg: Config, source: Source) -> tuple[str, str | None]:
     """The data set's name and configuration."""
     if cfg.env.dataset_name is not None:
         return cfg.env.dataset_name, cfg.env.dataset_config
@@ -151,15 +164,20 @@ def _place_on_hub(cfg: "Config", source: Source) -> tuple[str, str | None]:
     return source.hub_id, cfg.env.dataset_config or source.hub_config
 
 
-def _at_most(train: list[Problem], cfg: "Config") -> list[Problem]:
-    """`env.max_prompts` of them, in their order; what a smaller number draws, a larger one draws too."""
-    count = cfg.env.max_prompts
-    if count is None or count >= len(train):
-        return train
-    chosen = list(range(len(train)))
-    if cfg.env.shuffle:
-        random.Random(derive_seed(cfg.seed, "max_prompts")).shuffle(chosen)
-    return [train[index] for index in sorted(chosen[:count])]
+def _to_train_on(train: list[Problem], cfg: Config, fits: Fits, where: str) -> list[Problem]:
+    """`env.max_prompts` of those that fit, in their order; what a smaller number draws, a larger one draws too."""
+    if not train:
+        raise UserError(f"{where} has no training question that is not held out: give other rows to train on.")
+    order = list(range(len(train)))
+    if cfg.env.max_prompts is not None and cfg.env.shuffle:
+        random.Random(derive_seed(cfg.seed, "max_prompts")).shuffle(order)
+    chosen = islice((index for index in order if fits(train[index])), cfg.env.max_prompts)
+    if short := [train[index] for index in sorted(chosen)]:
+        return short
+    raise UserError(
+        f"No prompt of {where} is left for training, as all are too long: raise inference_model.max_model_len, or "
+        "lower inference_model.max_tokens."
+    )
 
 
 def _describe_repetitions(train: list[Problem], removed: list[Problem], source: Source) -> list[str]:
@@ -168,7 +186,7 @@ def _describe_repetitions(train: list[Problem], removed: list[Problem], source: 
     if removed:
         notes.append(
             f"note: {len(removed)} training prompts were left out, for they are held out for evaluation as well (white "
-            f"space and case apart): {first_three([_quote(problem) for problem in removed])}"
+            f"space and case apart): {first_three([quote(problem) for problem in removed])}"
         )
     # Kept, as how often a question stands in a data set is its author's choice: each is a group of its own.
     counts = Counter(map(source.key, train))
@@ -177,7 +195,7 @@ def _describe_repetitions(train: list[Problem], removed: list[Problem], source: 
     return notes
 
 
-def _describe_pass(task: Task, cfg: "Config") -> list[str]:
+def _describe_pass(task: Task, cfg: Config) -> list[str]:
     if task.correct is not None or cfg.reward.pass_threshold is not None:
         return []
     return [
@@ -185,5 +203,16 @@ def _describe_pass(task: Task, cfg: "Config") -> list[str]:
     ]
 
 
-def _quote(problem: Problem) -> str:
-    return f"'{brief(problem.question, 60)}'"
+def _describe_least(cfg: Config) -> list[str]:
+    """Of a reward that is not the task's: what the selection asks for may be out of its reach."""
+    train = cfg.train
+    bars = {
+        "train.selection_threshold": train.selection_threshold if train.selection is Selection.threshold else None,
+        # Under the random control it only lowers how many are drawn.
+        "train.min_reward": None if train.selection is Selection.random else train.min_reward,
+    }
+    known = {key: bar for key, bar in bars.items() if bar is not None}
+    if not known or not collects(cfg):
+        return []
+    key = max(known, key=lambda key: known[key])
+    return [f"note: of this reward, too, nothing below {known[key]:g} is kept ({key})"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,14 @@ class _UserReward:
 
     def __call__(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[Reward]:
         rewards = self._function(problems, responses)
+        if isinstance(rewards, Iterator):
+            rewards = list(rewards)  # what it raises is its own, and no wrong form
         try:
-            values = [_checked(reward) for reward in rewards]
+            values = [self._checked(reward) for reward in rewards]
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"reward.fn={self._spec} gave {str(rewards)[:200]}: return a list of numbers, or of dictionaries from "
-                "names to numbers or to pairs of number and weight."
+                "names to numbers or to pairs of number and weight (None where there is no reward)."
             ) from error
         if len(values) != len(responses):
             raise UserError(
@@ -64,14 +66,15 @@ class _UserReward:
             )
         return values
 
-
-def _checked(reward: Any) -> Reward:
-    """A reward in plain types, whatever kinds of number (NumPy's, torch's) it is made of."""
-    if isinstance(reward, FailedReward):
-        return reward
-    if not isinstance(reward, Mapping):
-        return float(reward)
-    return {str(name): _part(value) for name, value in reward.items()}
+    def _checked(self, reward: Any) -> Reward:
+        """A reward in plain types, whatever kinds of number (NumPy's, torch's) it is made of; None is a failure."""
+        if reward is None:
+            return FailedReward(f"reward.fn={self._spec} gave None for the response.")
+        if isinstance(reward, FailedReward):
+            return reward
+        if not isinstance(reward, Mapping):
+            return float(reward)
+        return {str(name): _part(value) for name, value in reward.items()}
 
 
 def _part(value: Any) -> float | tuple[float, float]:

@@ -33,6 +33,7 @@ from expert_iteration.data_rules import DATA_RULES
 from expert_iteration.errors import UserError
 from expert_iteration.expert_set_reader import SUFFIXES
 from expert_iteration.hub import HUB_ID
+from expert_iteration.keys import leaf_keys
 from expert_iteration.reward_rules import REWARD_RULES
 from expert_iteration.sizes import derive_sizes
 from expert_iteration.wandb_logger import has_wandb_login
@@ -134,6 +135,13 @@ def mode_belongs_to_script(cfg: Config, mode: str) -> None:
             f"mode={asked} (train.sync={str(cfg.train.sync).lower()}) does not run in expert-iteration-{mode}.py: "
             f"use `python expert-iteration-{asked}.py mode={asked}`."
         )
+
+
+def values_are_not_empty(cfg: Config) -> None:
+    """A text without a letter is a slip, such as `key=` with nothing behind; none but a system prompt may be empty."""
+    for key in leaf_keys():
+        if _value(cfg, key) == "" and key != "env.system_prompt":
+            raise UserError(f"{key} ('') is empty: give it a value, or null where it needs none.")
 
 
 def sizes_are_at_least_one(cfg: Config) -> None:
@@ -646,6 +654,7 @@ def wandb_can_be_reached(cfg: Config) -> None:
 
 # In this order: the later ones divide by what the earlier ones checked.
 RULES: tuple[Rule, ...] = (
+    values_are_not_empty,
     sizes_are_at_least_one,
     amounts_are_above_zero,  # before the next, as eval.temperature follows inference_model.temperature
     amounts_are_not_negative,

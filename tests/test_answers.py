@@ -38,6 +38,7 @@ READ_TABLE = [
     ("72 apples", 72),
     ("The answer is 72.", 72),
     ("**72**", 72),
+    ("**72** apples", 72),
     ("_72_", 72),
     ("5 km/h", 5),
     ("72 cm^2", 72),
@@ -55,6 +56,23 @@ READ_TABLE = [
     ("+5", 5),
     ("(-5)", -5),
     ("5 million", 5_000_000),
+    # A sign apart from its number.
+    ("- 72", -72),
+    (r"-\frac{1}{2}", "-1/2"),
+    (r"- \frac{1}{2}", "-1/2"),
+    (r"-\,5", -5),
+    ("-~5", -5),
+    ("-(5)", -5),
+    (r"-\left(5\right)", -5),
+    (r"-\text{5}", -5),
+    ("-**5**", -5),
+    ("-_5_", -5),
+    ("- $5", -5),
+    ("minus (5)", -5),
+    ("The total is - 5", -5),
+    ("3 + 4 = - 7", -7),
+    ("- 72 apples", -72),
+    ("72-year-old", 72),
     ("3+4=7", 7),
     ("x = 72", 72),
     (r"\boxed{72}", 72),
@@ -77,6 +95,13 @@ READ_TABLE = [
     ("3+4", None),
     ("2+2", None),
     ("10-15", None),
+    ("10 - 5", None),
+    ("10 minus 5", None),
+    ("x-5", None),
+    ("--5", None),
+    ("-\n5", None),
+    (r"-\sqrt{16}", None),
+    (r"-\frac{-1}{2}", None),
     ("1.2.3", None),
     ("1,23", None),
     ("1/0", None),
@@ -84,6 +109,10 @@ READ_TABLE = [
     ("1e2", None),
     ("5^2", None),
     ("10^{2}", None),
+    ("10**2", None),
+    ("10 ** (-2)", None),
+    ("2**n", None),
+    ("1\n1/2", None),
     ("5²", None),
     ("√16", None),
     (r"\sqrt{16}", None),
@@ -112,6 +141,22 @@ def test_a_number_is_read_exactly_or_not_at_all(text, value):
         ("0.3333", "1/3", False),
         # A text that holds a number is no number, and is compared as text.
         ("22", "Catch 22", False),
+        ("5", "- 5", False),
+        ("-5", "- 5", True),
+        # Words after the number are part of it, where the response has any.
+        ("72 pears", "72", True),
+        ("72 pears", "so\n#### 72", True),
+        ("5 pears", "5 apples", False),
+        ("There are 5.0 Apples in all", "5 apples", True),
+        ("3 m", "3 cm", False),
+        (r"3\text{ cm}", "3 cm", True),
+        ("3", r"3\text{ cm}", True),
+        ("5 m²", "5 m^2", True),
+        # What runs on in letters is no number.
+        ("2", "2x", False),
+        ("2y", "2x", False),
+        ("2X", "2x", True),
+        ("7th Avenue", "7th Street", False),
         ("catch  22.", "Catch 22", True),
         ("Paris", "paris", True),
         ("", "", False),
@@ -154,6 +199,11 @@ def test_a_mode_looks_in_its_place_only(mode, place):
         ("1 \\boxed{2}\n#### 3\n4", "auto", "3"),
         (r"1 \boxed{2} 3", "auto", "2"),
         ("1 2 3", "auto", "3"),
+        # The dash of a list, too, is a minus; that of a range, a subtraction or a rule is none.
+        ("So:\n- 72", "auto", "- 72"),
+        ("5\u20137", "auto", "7"),
+        ("10 - 5", "auto", "5"),
+        ("So:\n---\n72", "auto", "72"),
         # Braces within braces.
         (r"\boxed{\frac{3}{4}} 5", "auto", r"\frac{3}{4}"),
         (r"\boxed{\text{a \} b}}", "boxed", r"\text{a \} b}"),
@@ -229,9 +279,12 @@ def writings(draw, value: Fraction) -> str:
     elif size > 1 and draw(st.booleans()):
         whole, part = divmod(size, 1)
         plain = f"{whole} {part}"
-    sign = draw(st.sampled_from(["-", "\u2212", "minus "])) if value < 0 else draw(st.sampled_from(["", "", "+"]))
     currency = draw(st.sampled_from(["", "", "$", "\\$", "€", "£"])) if "\\" not in plain else ""
-    return sign + currency + plain
+    around = draw(st.sampled_from(["{}", "{}", "({})", "**{}**", "\\text{{{}}}", "{{{}}}", "\\left({}\\right)"]))
+    if value >= 0:
+        return draw(st.sampled_from(["", "", "+"])) + currency + plain
+    sign = draw(st.sampled_from(["-", "\u2212", "minus ", "- ", "\u2212 ", "-\\,", "-~"]))
+    return sign + around.format(currency + plain)
 
 
 words = st.sampled_from(["", " apples", " km/h", "%", "\\%", "\\text{ cm}^2", " m²", " USD", " dollars each"])
@@ -242,9 +295,10 @@ starts = st.sampled_from(["", " ", "**", "The total is ", "x = ", "3 + 4 = "])
 @given(st.data(), numbers, numbers, st.sampled_from(sorted(PLACES)))
 def test_a_number_equals_itself_however_it_is_written_and_no_other(data, value, other, place):
     assume(other != value)
-    # Words between #### and a number make it a heading.
-    start = "" if place == "hash" else data.draw(starts)
-    response = PLACES[place].format(start + data.draw(writings(value)) + data.draw(words))
+    written = data.draw(writings(value))
+    # Words between #### and a number make it a heading, and so does a period between a number and words.
+    stated = written.removesuffix(".") if place == "hash" else data.draw(starts) + written
+    response = PLACES[place].format(stated + data.draw(words))
     truth = f"Some steps.\n#### {data.draw(writings(value))}"
     for mode in (place, "auto"):
         assert holds_answer(response, truth, mode)
@@ -299,6 +353,10 @@ def test_long_texts_are_harmless():
         ("72", r"\boxed{72}", True),
         (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
         (r"\boxed{\frac{1}{2}}", "0.51", False),
+        (r"\boxed{11_2}", "11_3", False),
+        (r"\boxed{2516_8}", "2516_{8}", True),
+        (r"\boxed{2516_8}", "2516", True),
+        ("3 + 4 = 7\n#### 7", "7", True),
         (r"\boxed{3}", "3 or 4", False),
         (r"\boxed{3}", "$3$ or $4$", False),
         (r"\boxed{3}", "3, 4", False),

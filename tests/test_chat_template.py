@@ -1,5 +1,6 @@
 """`expert_iteration.chat_template`: which template is used, what it makes of a prompt, and what ends a turn in it."""
 
+import logging
 import shutil
 
 import pytest
@@ -280,3 +281,48 @@ def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, tiny_folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=rf"^model\.name \({folder}\) has no tokenizer that can be loaded \("):
         load_tokenizer(str(folder))
+
+
+# --- what a user may not expect ---
+
+
+@pytest.mark.parametrize(
+    ("template", "beginning"),
+    [
+        ("{% for m in messages %}{{ '[' + m.role + ']' + m.content + eos_token }}{% endfor %}", "[assistant]"),
+        (MISTRAL, None),  # the response follows the user's turn at once
+        (BARE, None),
+        (CHATML, None),
+        (THINKING, None),
+        (LLAMA_3, None),
+    ],
+)
+def test_a_template_that_leaves_the_beginning_of_the_turn_to_the_model_is_told(template, beginning):
+    tokenizer = make_tokenizer(template, ["<s>", "</s>"], eos_token="</s>", bos_token="<s>")
+    notes = [note for note in describe_chat_template(tokenizer, None) if "add_generation_prompt" in note]
+    assert len(notes) == (beginning is not None)
+    assert beginning is None or f"has to begin with '{beginning}' itself" in notes[0]
+
+
+def test_a_file_may_begin_with_a_mark_of_its_encoding(saved, tmp_path):
+    name = saved(qwen_base_tokenizer())
+    (tmp_path / "mine.jinja").write_text(LLAMA_3, encoding="utf-8-sig")
+    assert load_tokenizer(name, chat_template=str(tmp_path / "mine.jinja")).chat_template == LLAMA_3
+
+
+def test_a_template_without_end_is_refused(saved, tmp_path):
+    (tmp_path / "mine.jinja").write_text("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")
+    with pytest.raises(UserError, match=r"cannot be used \(RecursionError"):
+        load_tokenizer(saved(qwen_base_tokenizer()), chat_template=str(tmp_path / "mine.jinja"))
+
+
+def test_a_prompt_longer_than_the_tokenizer_knows_draws_no_warning(caplog):
+    tokenizer = qwen_base_tokenizer()
+    tokenizer.model_max_length = 4
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)  # it hands nothing on to others
+    try:
+        assert len(chat_prompt_ids(tokenizer, None, "question " * 9)) > 4
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.records == []

@@ -662,7 +662,11 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("model_exists", {"model.name": "/no/such/model"}, "sync", ["model.name (/no/such/model)", "config.json"]),
     ("model_exists", {"model.name": "~/no/such/model"}, "sync", ["/no/such/model", "config.json"]),
     ("model_exists", {"model.name": "Qwen 2.5"}, "sync", ["'Qwen 2.5'", "hub id"]),
-    ("model_exists", {"model.name": ""}, "sync", ["model.name ('')", "hub id"]),
+    ("model_exists", {"model.name": " "}, "sync", ["model.name (' ')", "hub id"]),
+    *[
+        ("values_are_not_empty", {key: ""}, "sync", [f"{key} ('')", "empty", "null"])
+        for key in ("model.name", "env.dataset_path", "env.answer_column", "reward.fn", "resume_from")
+    ],
     ("chat_template_file_exists", {"model.chat_template": "/none/mine.jinja"}, "sync", ["(/none/mine.jinja)", "null"]),
     *[
         ("tiny_has_no_other_data", {key: "/data"}, "sync", [f"{key} (/data)", "env.dataset=tiny", "no effect"])
@@ -722,6 +726,27 @@ CASES: list[tuple[str, dict[str, Any], str, list[str]]] = [
     ("reward_function_has_a_place", {"reward.fn": 3}, "sync", ["reward.fn (3)", "file.py:function"]),
     ("reward_function_has_a_place", {"reward.fn": "a b:score"}, "sync", ["reward.fn (a b:score)"]),
     ("reward_function_has_a_place", {"reward.fn": "/no/such.py:score"}, "sync", ["/no/such.py does not exist"]),
+    *[
+        (
+            "rewards_have_what_they_compare_with",
+            {"env.dataset": dataset, "reward.fn": fn},
+            "sync",
+            [f"reward.fn ({fn if isinstance(fn, str) else fn[-1]})", f"env.dataset={dataset}"],
+        )
+        for dataset, fn in (
+            ("tiny", "ifeval"),
+            ("gsm8k", ["gsm8k", "countdown"]),
+            ("ifeval", "gsm8k"),
+            ("math", "gsm8k_granular"),
+            ("countdown", "math"),
+        )
+    ],
+    (
+        "rewards_have_what_they_compare_with",
+        {"env.dataset": "custom", "env.dataset_path": str(CONFIG_DIR), "reward.fn": "gsm8k"},
+        "sync",
+        ["reward.fn (gsm8k)", "env.answer_column (null)"],
+    ),
     (
         "summed_rewards_have_different_names",
         {"reward.fn": ["tiny", "my.rewards:tiny"]},
@@ -904,6 +929,16 @@ def is_number(key: str) -> bool:
         ({"reward.fn": ["gsm8k_granular", "my.rewards:score"], "reward.weights": [1.0, -0.5]}, "sync"),
         ({"reward.fn": ["tiny", "openai"], "reward.openai_url": "https://host/v1"}, "sync"),
         ({"env.dataset": "math", "reward.workers": 1}, "sync"),
+        ({"env.dataset": "gsm8k", "reward.fn": ["gsm8k", "math"], "reward.workers": 1}, "sync"),
+        (
+            {
+                "env.dataset": "custom",
+                "env.dataset_path": str(CONFIG_DIR),
+                "env.answer_column": "a",
+                "reward.fn": "gsm8k_granular",
+            },
+            "sync",
+        ),
         ({"reward.openai_url": "http://host:1/v1", "reward.workers": 2, "reward.timeout": 100.0}, "sync"),
         ({"env.dataset": "custom", "env.dataset_name": "a/b", "env.answer_column": "a"}, "sync"),
         ({"env.dataset": "custom", "env.dataset_path": str(CONFIG_DIR), "reward.fn": "my.rewards:score"}, "async"),

@@ -53,7 +53,12 @@ CASES: list[tuple[str, list[str], list[str], str]] = [
     ("env.answer_column=a", ["env.dataset=ifeval"], ["env.dataset=gsm8k"], "no answers"),
     ("env.dataset_config=c", [*ROWS, "env.dataset=gsm8k"], ["env.dataset=gsm8k"], "in place of a data set of the hub"),
     ("reward.answer_mode=boxed", [], ["env.dataset=gsm8k"], "several forms"),
-    ("reward.answer_mode=boxed", [*CUSTOM, "reward.fn=gsm8k"], [*CUSTOM, "env.answer_column=a"], "several forms"),
+    (
+        "reward.answer_mode=boxed",
+        [*CUSTOM, "reward.fn=my.rewards:score"],
+        [*CUSTOM, "env.answer_column=a"],
+        "several forms",
+    ),
     ("env.skip_hopeless_after=2", ["env.skip_solved=0"], ["env.skip_solved=1"], "env.skip_solved=0"),
     (
         "train.minor_sft_beta=0.2",

@@ -10,6 +10,7 @@ from local_runs import LocalPool, run_algorithm
 import ei_utils
 from expert_iteration import evaluation_alone
 from expert_iteration.devices import compute_device_allocation
+from expert_iteration.evaluation import Evaluator
 from expert_iteration.evaluation_alone import evaluate_alone
 from expert_iteration.export import Exporter
 from expert_iteration.interruption import Interrupted, StopRequest
@@ -86,11 +87,14 @@ def test_what_a_run_left_scores_as_it_did_at_its_end(make_cfg, load_script, warm
 
 def test_what_goes_wrong_is_in_the_summary(make_cfg, tiny_folder, evaluate, tmp_path, monkeypatch):
     monkeypatch.setattr(FakePool, "sample", lambda *args: 1 / 0)
+    closed = []
+    monkeypatch.setattr(Evaluator, "close", lambda evaluator: closed.append(evaluator))
     with pytest.raises(ZeroDivisionError):
         evaluate(make_cfg(f"model.name={tiny_folder}", *OVERRIDES))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["status"], summary["eval"]) == ("failed", {})
     assert "division by zero" in summary["error"]
+    assert len(closed) == 1  # or the judge's workers would live on
 
 
 def test_one_that_is_asked_to_stop_is_interrupted(make_cfg, tiny_folder, evaluate, tmp_path, monkeypatch):

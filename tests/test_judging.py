@@ -13,7 +13,9 @@ import psutil
 import pytest
 
 from expert_iteration.errors import UserError
-from expert_iteration.judging import MAX_FAILURES_IN_A_ROW, Judge
+from expert_iteration.judging import MAX_FAILED_PROMPTS, Judge
+from expert_iteration.reward_registry import load_built_in
+from expert_iteration.reward_sum import RewardSum
 from expert_iteration.scoring import FailedReward
 from expert_iteration.tasks import Problem, Task
 from expert_iteration.user_functions import load_reward_fn
@@ -34,6 +36,12 @@ def one(response):
     if response == "hang":
         while True:
             pass
+    if response == "leave":
+        sys.exit(4)
+    if response == "none":
+        return None
+    if response == "too much":
+        return 1e39
     if response == "exit":
         os._exit(3)
     if response == "sleep":
@@ -43,14 +51,21 @@ def one(response):
 def in_parts(problems, responses):
     return [{"length": one(response), "half": (one(response), -0.5)} for response in responses]
 
+def one_by_one(problems, responses):
+    for response in responses:
+        yield one(response)
+
 def wrong_form(problems, responses):
-    return [None] * len(responses)
+    return ["good"] * len(responses)
 
 def is_right(problems, responses):
     return [one(response) == float(problem.answer) for problem, response in zip(problems, responses, strict=True)]
 
 def loaded_modules(problems, responses):
     return [float("torch" in sys.modules or "ray" in sys.modules)] * len(responses)
+
+def has_verifier(problems, responses):
+    return [float("math_verify" in sys.modules)] * len(responses)
 
 def main_module(problems, responses):
     return [float(sys.modules["__main__"].__spec__.name == "expert_iteration.judging_worker")] * len(responses)
@@ -80,7 +95,8 @@ def make_judge(functions):
 
 
 def judge_all(judge: Judge, *responses: str, answer: str = "1"):
-    return judge([Problem("q", answer)] * len(responses), responses)
+    """Each to a prompt of its own."""
+    return judge([Problem(f"{place}?", answer) for place in range(len(responses))], responses)
 
 
 def is_kept(judgements) -> list[bool]:
@@ -104,10 +120,11 @@ def test_a_failure_costs_its_response_only(make_judge, where):
 
 @pytest.mark.parametrize("where", [HERE, POOL], ids=["here", "pool"])
 def test_the_first_failure_is_shown_once_with_its_traceback(make_judge, where, caplog):
-    judge = make_judge(**where)
+    judge = make_judge(**where, where="in evaluation")
     judge_all(judge, "infinite", "a", "raise")
     judge_all(judge, "raise")
     [note] = judge.take_notes()
+    assert "a response in evaluation was left out" in note
     assert "The reward is inf" in note
     assert [record.getMessage() for record in caplog.records if record.name.endswith("judging")] == [note]
     assert judge.take_notes() == []
@@ -119,11 +136,56 @@ def test_the_first_failure_is_shown_once_with_its_traceback(make_judge, where, c
 
 
 @pytest.mark.parametrize("where", [HERE, POOL], ids=["here", "pool"])
-def test_five_failures_in_a_row_end_the_run_with_the_last_traceback(make_judge, where):
+def test_five_failed_prompts_in_a_row_end_the_run_with_the_last_traceback(make_judge, where):
     judge = make_judge(**where)
-    judge_all(judge, *["raise"] * (MAX_FAILURES_IN_A_ROW - 1), "a", "infinite", "raise", "raise")
-    with pytest.raises(UserError, match=r"(?s)5 responses in a row.*ZeroDivisionError: by a response"):
+    judge_all(judge, *["raise"] * (MAX_FAILED_PROMPTS - 1), "a", "infinite", "raise", "raise")
+    with pytest.raises(UserError, match=r"(?s)Of 5 prompts in a row.*ZeroDivisionError: by a response"):
         judge_all(judge, "infinite", "raise", *["a"] * 100)  # the row goes on from batch to batch
+
+
+def test_failures_of_one_prompt_count_once(make_judge):
+    """A row that no response can be judged for, or a group of like responses, ends no run."""
+    judge = make_judge()
+    problems = [Problem(f"{place // 8}?", "1") for place in range(32)]
+    assert len(problems) > MAX_FAILED_PROMPTS
+    assert is_kept(judge(problems, ["raise"] * 32)) == [False] * 32
+    assert judge.take_statistics() == {"reward_failures": 32}
+    with pytest.raises(UserError, match=f"Of {MAX_FAILED_PROMPTS} prompts in a row"):
+        judge([Problem("another?", "1")], ["raise"])
+
+
+@pytest.mark.parametrize("where", [HERE, POOL], ids=["here", "pool"])
+def test_what_else_is_a_failure_of_one_response(make_judge, where):
+    judge = make_judge(**where)
+    assert is_kept(judge_all(judge, "leave", "a", "none", "too much", "ab")) == [False, True, False, False, True]
+    for response, reason in (("leave", "SystemExit: 4"), ("none", "gave None"), ("too much", "float32")):
+        judge = make_judge(**where)
+        judge_all(judge, response)
+        assert reason in judge.take_notes()[0]
+
+
+def test_what_a_generator_raises_is_a_failure_and_no_wrong_form(make_judge):
+    judge = make_judge("one_by_one")
+    assert is_kept(judge_all(judge, "a", "raise", "ab")) == [True, False, True]
+    assert "ZeroDivisionError: by a response" in judge.take_notes()[0]
+
+
+def test_only_the_function_that_raised_is_asked_again(functions):
+    """One of a sum that asks a server about the whole batch is not asked once more, nor response by response."""
+    sizes = []
+
+    def served(problems, responses):
+        sizes.append(len(responses))
+        return [1.0] * len(responses)
+
+    reward = RewardSum(["served", "by_word"], [served, load_reward_fn(f"{functions}:by_word")], [1.0, 1.0])
+    correct = lambda problems, responses: [served([], [response]) == [1.0] for response in responses]  # noqa: E731
+    judge = Judge(Task("test", None, [], [], reward, correct, bool))
+    judgements = judge_all(judge, "a", "raise", "ab")
+    assert is_kept(judgements) == [True, False, True]
+    assert judgements[2].components == {"served": 1.0, "by_word": 2.0}
+    assert [judgement.correct for judgement in judgements] == [True] * 3
+    assert sizes == [3, 1, 1, 1]  # the last three by `correct`
 
 
 def test_what_is_right_fails_like_the_reward(make_judge):
@@ -184,6 +246,16 @@ def test_workers_are_plain_interpreters(make_judge):
     """They load neither torch nor the parent's main module again, which under Ray is Ray's."""
     assert judge_all(make_judge("loaded_modules", **POOL), "a")[0].reward == 0.0
     assert judge_all(make_judge("main_module", **POOL), "a")[0].reward == 1.0
+
+
+def test_workers_import_before_the_first_response_counts(functions):
+    """What `math` imports when it is called takes no time from the response that it is called for."""
+    has_verifier = load_reward_fn(f"{functions}:has_verifier")  # asked first
+    reward = RewardSum(["imported", "math"], [has_verifier, load_built_in("math")], [1.0, 1.0])
+    judge = Judge(Task("test", None, [], [], reward, None, bool), workers=1)  # without a limit of time
+    [judgement] = judge_all(judge, "<answer>1</answer>")
+    judge.close()
+    assert judgement.components == {"imported": 1.0, "math": 1.0}
 
 
 def test_functions_that_load_here_only_are_refused(make_judge, functions):

@@ -147,6 +147,16 @@ def test_a_prompt_of_ones_own(server, tmp_path):
         ("<think>maybe score: 3</think>\nscore: 0", 0.0),
         ("10", 1.0),
         (" 4/10.\n", 0.4),
+        ("Score (0-10): 7", 0.7),
+        ("**Score** [from 0 to 10]: 7", 0.7),
+        ("Score: $7$", 0.7),
+        (r"Score = \boxed{7}", 0.7),
+        ("I think the score is 7", 0.7),
+        ('{"score": 7}', 0.7),
+        ("Score: 4/5", 0.8),
+        ("Score: 7 out of 10.", 0.7),
+        ("Score: 8\n- 2 points off, for a score: 10 would need more", 0.8),
+        ("<think>\nScore: 3\n</think>I give it a score: 8", 0.8),
     ],
 )
 def test_score_of_a_reply(reply, score):
@@ -154,7 +164,24 @@ def test_score_of_a_reply(reply, score):
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "I cannot judge it.", "Score: high", "Score: 11", "Score: -1", "scores 5", "It is 7"]
+    "reply",
+    [
+        "",
+        "I cannot judge it.",
+        "Score: high",
+        "Score: 11",
+        "Score: -1",
+        "scores 5",
+        "It is 7",
+        "Score: 0-10",
+        "Score: 7 to 8",
+        "Score: 7,5",
+        "Score: 7/0",
+        "Score: 6/5",
+        "Score: 7%",
+        "Score: 1e1",
+        "<think>\nScore: 7\n",
+    ],
 )
 def test_a_reply_without_a_score_is_none(reply):
     with pytest.raises(ValueError, match="the judge's"):
@@ -246,8 +273,8 @@ def test_a_server_that_went_away_ends_the_run(server):
     judge = Judge(Task("test", None, [], [], load(server, "retries=0"), None, bool))
     server.http.shutdown()
     server.http.server_close()
-    with pytest.raises(UserError, match=r"(?s)5 responses in a row.*APIConnectionError"):
-        judge([PROBLEM] * 8, ["x"] * 8)
+    with pytest.raises(UserError, match=r"(?s)Of 5 prompts in a row.*APIConnectionError"):
+        judge([Problem(f"{place}?", "yes") for place in range(8)], ["x"] * 8)
 
 
 # The key, and what is served

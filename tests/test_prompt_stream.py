@@ -116,6 +116,13 @@ def test_where_all_prompts_are_solved_they_come_back_and_the_stream_goes_on():
     assert stream.num_skipped == 2 * 3 * 7
 
 
+@pytest.mark.parametrize("skip_solved", [10**6, 10**10])
+def test_however_long_solved_prompts_are_left_out_the_next_comes_at_once(skip_solved):
+    stream = skipping(skip_solved=skip_solved)
+    assert visits(stream, 14, lambda index: SOLVED) == 2 * list(range(7))
+    assert stream.num_skipped == 7 * min(skip_solved, 2**31 - 1)
+
+
 # --- going on ---
 
 

@@ -21,7 +21,7 @@ from run_directories import (
     write_timeline,
 )
 
-from expert_iteration.charts import CHARTS, MAX_POINTS, draw, draw_all
+from expert_iteration.charts import CHARTS, MAX_POINTS, charts_of, draw, draw_all
 from expert_iteration.config import Selection
 from expert_iteration.metrics import Metrics
 from expert_iteration.report import ROWS_AT_ONCE, describe_time, main, print_summary, read_jsonl, write_report
@@ -75,16 +75,16 @@ def test_the_page_shows_every_curve_with_its_ends(long_run):
 
 def test_the_kl_coefficient_is_shown_when_it_changes():
     points = [Point(1, 0.1), Point(2, 0.1)]
-    shown = [figure.chart.title for figure in draw_all({"train/kl_to_ref_coeff": points}) if figure.curves]
+    shown = [figure.chart.title for figure in draw_all(CHARTS, {"train/kl_to_ref_coeff": points}) if figure.curves]
     assert shown == []
-    figure = draw_all({"train/kl_to_ref_coeff": [*points, Point(3, 0.05)]})[-1]
+    figure = draw_all(CHARTS, {"train/kl_to_ref_coeff": [*points, Point(3, 0.05)]})[-1]
     assert figure.chart.title == "KL coefficient"
     assert (figure.curves[0].first, figure.curves[0].last) == (0.1, 0.05)
 
 
 def test_what_does_not_change_is_drawn_all_the_same():
     series = {name: [Point(1, 0.5), Point(2, 0.5)] for chart in CHARTS for name in chart.curves}
-    drawn = [figure.chart.title for figure in draw_all(series) if figure.curves]
+    drawn = [figure.chart.title for figure in draw_all(CHARTS, series) if figure.curves]
     assert drawn == [chart.title for chart in CHARTS if chart.title not in ONLY_IF_CHANGING]
 
 
@@ -293,6 +293,14 @@ def test_selection_is_told_with_what_it_depends_on(selection):
     limited = describe_selection({**config, "train.dedup": True, "train.min_reward": 0.75})
     assert "Duplicates" in limited
     assert ("0.75" in limited) == (selection is not Selection.random)
+
+
+def test_each_part_of_a_reward_has_a_chart_beside_that_of_the_reward():
+    names = {"collector/reward/right", "collector/reward/brief", "eval/reward/right", "collector/rewards/mean"}
+    series = {name: [Point(1, 0.25), Point(2, 0.5)] for name in names}
+    titles = [figure.chart.title for figure in draw_all(charts_of(names), series) if figure.curves]
+    assert titles == ["Reward of collected responses", "Reward: brief", "Reward: right"]
+    assert charts_of([]) == list(CHARTS)
 
 
 def test_groups_by_pass_rate_are_bands_that_make_up_the_whole(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from expert_iteration import keys
 from expert_iteration.report_series import GROUPS_EQUAL, GROUPS_KEPT, Point
 from expert_iteration.report_warnings import WARNING_METRICS, find_warnings
+from expert_iteration.selection_advice import ADVICE, advise
 
 STEPS = range(1, 91)
 HEALTHY = {
@@ -120,6 +121,13 @@ def test_groups_that_are_all_wrong_are_not_saturated_but_dropped():
     assert found.title.startswith("Most groups are dropped")
 
 
+def test_what_to_do_about_dropped_groups_is_of_the_rule_in_use():
+    for changes in ({GROUPS_KEPT: 0.3}, {"selection/batch_kept": 0}):
+        (found,) = find_warnings(make_series(changes), kl_budget=None, error=None, advice=advise("threshold", 0.5))
+        assert found.remedy.startswith("A lower train.selection_threshold")
+        assert found.remedy.endswith("a lower train.min_reward (now 0.5) keeps more.")
+
+
 def test_saturation_explains_why_groups_are_dropped():
     (found,) = warn({GROUPS_EQUAL: 0.7, GROUPS_KEPT: 0.3, "collector/rewards/mean": 0.9})
     assert found.title.startswith("The reward is saturated")
@@ -134,7 +142,7 @@ def test_weights_that_did_not_arrive_are_told():
 def test_the_keys_that_remedies_name_exist():
     changes = {name: 0 if name in ("train/entropy", "selection/batch_kept") else 9 for name in HEALTHY}
     found = [*warn(changes), *warn({GROUPS_KEPT: 0.0})]
-    words = " ".join(f"{warning.title} {warning.remedy}" for warning in found)
+    words = " ".join([*(f"{warning.title} {warning.remedy}" for warning in found), *ADVICE.values()])
     named = set(re.findall(r"\b(?:train|optimizer|logging|inference_model|env|train_model)\.\w+", words))
     assert len(named) >= 9
     assert {name for name in named if not keys.is_known(name)} == set()

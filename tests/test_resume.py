@@ -282,6 +282,13 @@ def test_paths_are_of_where_the_run_was_started_and_so_is_the_configuration(run_
     )
     given = ["env.dataset_path=rows.jsonl", "reward.fn=my.py:f", "model.name=ORG/MODEL", "tiny.cache_dir=/abs"]
     given += ["model.chat_template=mine.jinja", "reward.openai_prompt=judge.txt"]
+    given += ["env.dataset_path='my rows.csv'", "++env.dataset_path=rows.csv", "+reward.fn=my.py:f", "~env.split"]
+    given += [
+        "train.from_expert_set=${oc.env:SETS}/a",
+        "env.dataset_path=sets/${env.dataset}",
+        "env.dataset_path=null",
+        "env.prompt_column=rows.csv",
+    ]
     given += ["reward.fn=[tiny,my.py:f,'own, b.py:g',/abs.py:h,my.module:i]"]
     (run_dir / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(given))
     flags, overrides = continued(f"resume_from='{run_dir}'")
@@ -290,6 +297,10 @@ def test_paths_are_of_where_the_run_was_started_and_so_is_the_configuration(run_
         *("env.dataset_path=/home/me/rows.jsonl", "reward.fn=/home/me/my.py:f"),
         *("model.name=ORG/MODEL", "tiny.cache_dir=/abs", "model.chat_template=/home/me/mine.jinja"),
         "reward.openai_prompt=/home/me/judge.txt",
+        *("env.dataset_path='/home/me/my rows.csv'", "++env.dataset_path=/home/me/rows.csv"),
+        *("+reward.fn=/home/me/my.py:f", "~env.split", "train.from_expert_set=${oc.env:SETS}/a"),
+        "env.dataset_path='/home/me/sets/${env.dataset}'",
+        *("env.dataset_path=null", "env.prompt_column=rows.csv"),
         "reward.fn=[tiny,/home/me/my.py:f,'/home/me/own, b.py:g',/abs.py:h,my.module:i]",
     ]
 

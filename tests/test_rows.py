@@ -119,6 +119,31 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, content, message)
     assert len(str(error.value)) < 500
 
 
+def test_a_column_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("q,a,q,,\n1,2,3,,\n")
+    with pytest.raises(UserError, match=r"rows\.csv cannot be read .its header has 'q' more than once"):
+        read(tmp_path / "rows.csv")
+    (tmp_path / "rows.csv").write_text("q,a,,\n1,2,,\n")  # as spreadsheets write empty columns
+    assert read(tmp_path / "rows.csv")["train"][0]["a"] == "2"
+
+
+def test_numbers_of_float32_are_those_that_were_written(tmp_path):
+    numbers = [0.1, 1e-5, 3e20, None, 16777216.0]
+    kinds = datasets.Features({"a": datasets.Value("float32"), "b": datasets.Value("float64")})
+    made = datasets.Dataset.from_dict({"a": numbers, "b": [1 / 3] * 5}, features=kinds)
+    made.to_parquet(str(tmp_path / "rows.parquet"))
+    made.save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.parquet", "saved"):
+        assert read(tmp_path / name)["train"] == [{"a": number, "b": 1 / 3} for number in numbers]
+
+
+def test_a_directory_may_have_any_name(tmp_path):
+    folder = tmp_path / "my [1] *data?"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl")
+    assert read(folder) == {"train": ROWS}
+
+
 def test_other_paths_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "nothing.jsonl")

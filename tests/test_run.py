@@ -1,5 +1,7 @@
 """What a run checks and prepares before it starts anything."""
 
+import re
+
 import pytest
 
 from expert_iteration.errors import UserError
@@ -27,13 +29,22 @@ def cfg_of(make_cfg, tiny_folder):
 
 
 def test_prompts_that_leave_no_room_are_left_out_and_said(cfg_of):
-    task, _, notes = _prepare_task(cfg_of())
-    assert (len(task.train), len(notes)) == (4000, 1)
-    shorter, _, notes = _prepare_task(cfg_of("inference_model.max_model_len=80"))
-    assert 0 < len(shorter.train) < 4000
-    dropped = len(task.train) + len(task.heldout) - len(shorter.train) - len(shorter.heldout)
-    assert notes[1].startswith(f"note: {dropped} prompts were left out (")
-    assert "for they have more than 48 tokens: '" in notes[1]
+    few = ("eval.num_prompts=40", "env.max_prompts=30")
+    task, _, notes = _prepare_task(cfg_of(*few))
+    assert notes == ["tiny: 30 prompts for training, 40 held out for evaluation"]
+    shorter, _, notes = _prepare_task(cfg_of(*few, "inference_model.max_model_len=80"))
+    assert (len(shorter.train), len(shorter.heldout)) == (30, 40)
+    assert shorter.heldout != task.heldout
+    assert re.match(r"note: \d+ prompts were left out, for .* have more than 48 tokens \(inference.*\): '", notes[1])
+    alone, _, notes = _prepare_task(cfg_of(*few, "eval.only=true"))
+    assert (alone.heldout, notes) == (task.heldout, ["tiny: 40 held out for evaluation"])
+
+
+def test_a_mistake_in_the_data_is_told_before_the_model_is_looked_at(cfg_of, tmp_path):
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    of_data = ("env.dataset=gsm8k", f"env.dataset_path={tmp_path / 'rows.csv'}", "model.chat_template=none-such")
+    with pytest.raises(UserError, match="no usable row"):
+        _prepare_task(cfg_of(*of_data))
 
 
 def test_a_chat_template_that_cannot_be_used_is_refused_before_anything_starts(cfg_of, tmp_path):

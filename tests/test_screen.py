@@ -7,7 +7,9 @@ import sys
 import pytest
 
 import expert_iteration.screen
+from expert_iteration.config import Selection
 from expert_iteration.screen import Progress, RemoteScreen, Screen, StepProgress
+from expert_iteration.selection_advice import ADVICE, advise
 
 
 class FakeScreen:
@@ -93,8 +95,33 @@ def warnings(screen, *counts):
 def test_dropping_more_than_half_of_the_groups_is_said_once_with_the_remedies(screen):
     (line,) = warnings(screen, (32, 20), (64, 31), (96, 31))
     assert line.startswith("note: 33 of 64 groups")
-    for remedy in ("finer reward", "env.repeats", "train.selection=topk", "train.min_reward", "model.name", "prompts"):
+    for remedy in ("finer reward", "env.repeats", "prompts"):
         assert remedy in line
+
+
+@pytest.mark.parametrize(
+    ("rule", "remedy", "other"),
+    [
+        ("above_median", "train.selection=topk or threshold", "train.selection_threshold"),
+        ("topk", "train.selection=threshold", "train.selection=topk"),
+        ("threshold", "a lower train.selection_threshold", "env.repeats"),
+        ("percentile", "a lower train.selection_percentile", "env.repeats"),
+        ("random", "as above_median", "train.selection=topk"),
+        (None, "env.repeats", "train.selection="),
+    ],
+)
+def test_what_to_do_about_dropped_groups_depends_on_the_rule(screen, rule, remedy, other):
+    for least, is_said in ((None, False), (0.5, True)):
+        progress = Progress(screen, advise(rule, least))
+        progress.log_metrics({"collector/rewards/mean": 0.5} | collected(64, 31), step=0)
+        line = screen.lines.pop()
+        assert remedy in line
+        assert other not in line
+        assert ("a lower train.min_reward (now 0.5)" in line) == is_said
+
+
+def test_there_is_advice_for_every_rule():
+    assert set(ADVICE) == set(Selection)
 
 
 def test_dropping_half_of_the_groups_is_not_worth_a_word(screen):

@@ -1,19 +1,25 @@
 """`expert_iteration.tasks` and what it is made of: which rows become problems, which are held out, who judges."""
 
+import datetime
 import json
 import random
+import re
 import subprocess
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from expert_iteration import hub_data, rewards, tasks, tiny
 from expert_iteration.config import AnswerMode, Dataset
 from expert_iteration.errors import UserError
+from expert_iteration.prompt_limit import PromptLimit
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "../shared/data"
@@ -186,7 +192,7 @@ def test_unusable_rows_are_skipped_counted_and_the_first_three_named(load, tmp_p
     assert len(task.train) == 3
     assert task.notes == (
         f"note: {path}, train: 8 of 11 rows were skipped: row 1 (no JSON object), row 2 (no JSON object), "
-        "row 3 (empty question), ...",
+        "row 3 (empty 'question'), ...",
     )
 
 
@@ -212,13 +218,17 @@ def test_more_cells_than_columns_are_no_row(load, tmp_path):
     [
         ("empty.jsonl", "", "no usable row \\(0 rows read\\)"),
         ("empty.json", "[]", "no usable row"),
-        ("blank.jsonl", '{"question": " ", "answer": "1"}', "no usable row \\(1 rows read: row 1 \\(empty question"),
+        ("blank.jsonl", '{"question": " ", "answer": "1"}', "no usable row \\(1 rows read: row 1 \\(empty 'question'"),
         (
             "columns.jsonl",
             '{"prompt": "x", "answer": "1"}',
-            r"lacks the column question \(env.prompt_column\); it has ",
+            r"lacks the column 'question' \(env.prompt_column\); it has ",
         ),
-        ("columns.csv", "q,a\n1,2\n", r"question \(env.prompt_column\), answer \(env.answer_column\); it has a, q:"),
+        (
+            "columns.csv",
+            "q,a\n1,2\n",
+            r"'question' \(env.prompt_column\), 'answer' \(env.answer_column\); it has 'a', 'q':",
+        ),
     ],
 )
 def test_a_file_without_usable_rows_is_refused(load, tmp_path, name, content, message):
@@ -235,7 +245,7 @@ def test_columns_have_the_names_that_are_given(load, tmp_path, dataset):
     problems = sorted(task.train + task.heldout, key=lambda problem: problem.question)
     assert [(problem.question, problem.answer) for problem in problems] == [(f"{i}?", str(i)) for i in range(4)]
     assert problems[0].metadata == {"question": "no", "answer": "#### 0", "problem": "no"}
-    with pytest.raises(UserError, match=r"lacks the column why \(env\.answer_column\)"):
+    with pytest.raises(UserError, match=r"lacks the column 'why' \(env\.answer_column\)"):
         load(dataset, path, 1, prompt_column="q", answer_column="why")
 
 
@@ -246,6 +256,33 @@ def test_numbers_and_truths_as_answers_become_text(load, tmp_path):
     assert problem == tasks.Problem("How many?", "72")
     assert rewards.gsm8k_correct("<answer>72</answer>", problem.answer)
     assert other.answer == "true"
+
+
+def test_what_is_no_answer_is_called_what_it_is(load, tmp_path):
+    table = {"prompt": ["1?", "2?", "3?"], "answer": [Decimal("1.50"), Decimal("1E+2"), None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    task = load("custom", tmp_path / "rows.parquet", 0, answer_column="answer")
+    assert [problem.answer for problem in task.train] == ["1.50", "100.00"]
+    assert "row 3 (no 'answer')" in task.notes[0]
+    table = {"prompt": ["1?"], "answer": [datetime.date(2024, 1, 1)], "several": [["1"]]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    for column, kind in (("answer", "date"), ("several", "list")):
+        with pytest.raises(UserError, match=f"'{column}' is a {kind}, not a text or a finite number"):
+            load("custom", tmp_path / "rows.parquet", 0, answer_column=column)
+
+
+def test_prompt_and_answer_of_one_column_are_refused(load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(4))
+    with pytest.raises(UserError, match="the prompt and the answer would both be the column 'question'"):
+        load("custom", path, answer_column="question")
+
+
+def test_a_mistake_tells_which_rows_were_skipped_before(load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [*["garbage"] * 9, *gsm8k_rows(3)])
+    with pytest.raises(UserError, match=r"at most 1\. \(Before, .*: 9 of 12 rows were skipped: row 1 \(no JSON object"):
+        load("gsm8k", path, 2)
+    with pytest.raises(UserError, match="training: give more rows, or a split for evaluation"):
+        load("gsm8k", write_jsonl(path, gsm8k_rows(1)), 1)
 
 
 # Prompts of chat messages
@@ -268,8 +305,8 @@ def test_a_prompt_may_be_one_message_of_the_user(load, tmp_path):
     assert questions(task.train) == ["One?", "Two?"]
     assert task.system_prompt is None
     [note] = task.notes
-    assert "4 of 6 rows were skipped: row 3 (prompt has the turns user, assistant, user, not one of the user)" in note
-    assert "row 5 (prompt has the turns of nobody" in note
+    assert "4 of 6 rows were skipped: row 3 ('prompt' has the turns user, assistant, user, not one of the user)" in note
+    assert "row 5 ('prompt' has the turns of nobody" in note
 
 
 def test_the_system_message_of_all_rows_is_the_tasks_system_prompt(load, tmp_path):
@@ -278,7 +315,10 @@ def test_the_system_message_of_all_rows_is_the_tasks_system_prompt(load, tmp_pat
     path = write_jsonl(tmp_path / "rows.jsonl", content)
     task = load("custom", path, 0, answer_column="answer")
     assert (task.system_prompt, questions(task.train)) == ("Be brief.", ["0?", "1?", "2?"])
-    assert "row 4 (another system message than the first row's: env.system_prompt replaces them all)" in task.notes[0]
+    assert "row 4 (another system message than most rows': env.system_prompt replaces them all)" in task.notes[0]
+    first = [{"prompt": "5?", "answer": 5}]
+    task = load("custom", write_jsonl(tmp_path / "first.jsonl", first + content), 0, answer_column="answer")
+    assert (task.system_prompt, len(task.train)) == ("Be brief.", 3)
     for given, used in (("Be kind.", "Be kind."), ("", None)):
         task = load("custom", path, 0, answer_column="answer", system_prompt=given)
         assert (task.system_prompt, len(task.train), task.notes) == (used, 5, ())
@@ -415,6 +455,14 @@ def test_custom_answers_are_compared_as_numbers_or_texts(load, tmp_path):
     assert (strict.has_format("1200"), strict.has_format("<answer>1200</answer>")) == (False, True)
 
 
+@pytest.mark.parametrize(("answer", "text"), [(1e-5, "0.00001"), (1e16, "1" + "0" * 16), (12.0, "12.0")])
+def test_numbers_of_a_column_are_written_out(load, tmp_path, answer, text):
+    rows = [{"prompt": "How many?", "answer": answer}, {"prompt": "How few?", "answer": answer}]
+    task = load("custom", write_jsonl(tmp_path / "rows.jsonl", rows), 1, answer_column="answer")
+    assert task.heldout[0].answer == text
+    assert task.correct(task.heldout, [f"<answer>{text}</answer>"]) == [True]
+
+
 def test_custom_data_without_answers_leave_what_is_right_to_the_reward(load, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "answer": i} for i in range(4)])
     (tmp_path / "own.py").write_text("def longest(problems, responses):\n    return [len(r) for r in responses]\n")
@@ -424,6 +472,24 @@ def test_custom_data_without_answers_leave_what_is_right_to_the_reward(load, tmp
     assert sorted(problem.metadata["answer"] for problem in task.train + task.heldout) == [0, 1, 2, 3]
     [note] = task.notes
     assert "counts as right if its reward is at least 1 (reward.pass_threshold)" in note
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bar"),
+    [
+        (["train.selection=topk", "train.min_reward=0.5"], "0.5 is kept (train.min_reward)"),
+        (["train.selection=threshold"], "1 is kept (train.selection_threshold)"),
+        (["train.selection=threshold", "train.min_reward=0.5"], "1 is kept (train.selection_threshold)"),
+        (["train.selection=threshold", "train.min_reward=2"], "2 is kept (train.min_reward)"),
+        (["train.selection=random", "train.min_reward=0.5"], None),
+        (["eval.only=true", "train.min_reward=0.5"], None),
+        ([], None),
+    ],
+)
+def test_what_selection_asks_for_is_said_of_a_reward_that_is_not_the_tasks(make_cfg, overrides, bar):
+    assert tasks.load_task(make_cfg(*overrides)).notes == ()
+    notes = tasks.load_task(make_cfg("reward.fn=tiny", *overrides)).notes
+    assert notes == (() if bar is None else (f"note: of this reward, too, nothing below {bar}",))
 
 
 def test_math_takes_solutions_or_answers(load, tmp_path):
@@ -438,7 +504,7 @@ def test_math_takes_solutions_or_answers(load, tmp_path):
     both = [{**row, "answer": str(number)} for number, row in enumerate(solved)]
     task = load("math", write_jsonl(tmp_path / "b.jsonl", both), 1)
     assert sorted(problem.answer for problem in task.train + task.heldout) == ["0", "1", "2", "3"]
-    with pytest.raises(UserError, match=r"lacks the column answer or solution \(env\.answer_column\)"):
+    with pytest.raises(UserError, match=r"lacks the column 'answer' or 'solution' \(env\.answer_column\)"):
         load("math", write_jsonl(tmp_path / "c.jsonl", [{"problem": "1?"}]))
 
 
@@ -461,6 +527,12 @@ def test_countdown_makes_problems_or_takes_rows(load, tmp_path):
     assert task.correct([problem] * 3, answers) == [True, False, False]
     (tmp_path / "rows.csv").write_text('nums,target\n"[3, 8]",24\n"[4, 6]",24\n')
     assert load("countdown", tmp_path / "rows.csv", 1).train[0].metadata["target"] == 24
+    (tmp_path / "rows.csv").write_text('nums,target\n"[44 19\n 35]",98\n[3;8],24\n"[3.5, 8]",24\n')  # NumPy's form
+    task = load("countdown", tmp_path / "rows.csv", 0)
+    assert task.train[0].metadata["numbers"] == [44, 19, 35]
+    assert task.notes[0].endswith(
+        "row 2 (nums is not a list of whole numbers), row 3 (nums is not a list of whole numbers)"
+    )
 
 
 def test_ifeval_rows_keep_what_their_scorer_needs(load, tmp_path):
@@ -472,7 +544,7 @@ def test_ifeval_rows_keep_what_their_scorer_needs(load, tmp_path):
     assert problem.answer == ""
     assert problem.metadata == {key: good[key] for key in ("key", "instruction_id_list", "kwargs")}
     assert "2 of 3 rows were skipped" in task.notes[0]
-    with pytest.raises(UserError, match="lacks the column kwargs; it has instruction_id_list, key, prompt"):
+    with pytest.raises(UserError, match="lacks the column 'kwargs'; it has 'instruction_id_list', 'key', 'prompt'"):
         load("ifeval", write_jsonl(path, [{key: value for key, value in good.items() if key != "kwargs"}]))
 
 
@@ -495,23 +567,71 @@ def test_real_ifeval_is_scored_on_every_instruction(load):
 # Prompts that are too long
 
 
-def test_prompts_without_room_for_a_response_are_left_out():
-    def problems(*lengths):
-        return [tasks.Problem("x" * length, "1") for length in lengths]
+def short(limit):
+    """A limit of so many characters, the system prompt's among them."""
+    return PromptLimit(lambda system, question: len(question) + len(system or ""), lambda: limit)
 
-    def length(problem):
-        return len(problem.question)
 
-    task = tasks.Task("t", None, problems(3, 9, 4, 7), problems(5, 800), reward=None, correct=None, has_format=None)
-    shorter = tasks.without_long_prompts(task, length, limit=5)
-    assert [length(problem) for problem in shorter.train] == [3, 4]
-    assert [length(problem) for problem in shorter.heldout] == [5]
-    assert shorter.notes == (
-        "note: 3 prompts were left out (1 of them held out), for they have more than 5 tokens: "
-        f"'xxxxxxxxx' (9), 'xxxxxxx' (7), '{'x' * 60}...' (800)",
-    )
-    assert tasks.without_long_prompts(shorter, length, limit=5) is shorter
-    with pytest.raises(UserError, match="No prompt of t is left for training"):
-        tasks.without_long_prompts(task, length, limit=2)
-    with pytest.raises(UserError, match="No prompt of t is left for evaluation"):
-        tasks.without_long_prompts(task, length, limit=4)
+def mixed_rows(start):
+    """Of 24 questions of 4 characters every third with more."""
+    return [{"question": f"{i}?" + " and more" * (i % 3 == 0), "answer": "1"} for i in range(start, start + 24)]
+
+
+@pytest.mark.parametrize("splits", [{"train": 100}, {"train": 100, "test": 200}])
+def test_long_prompts_are_left_out_before_numbers_are_chosen(make_cfg, saved, splits):
+    path = saved(**{name: mixed_rows(start) for name, start in splits.items()})
+    given = ("env.dataset=gsm8k", f"env.dataset_path={path}", "env.system_prompt=S", "eval.num_prompts=8")
+    task = tasks.load_task(make_cfg(*given, "env.max_prompts=6"), short(5))
+    assert (len(task.train), len(task.heldout)) == (6, 8)
+    assert {len(problem.question) for problem in [*task.train, *task.heldout]} == {4}
+    unlimited = tasks.load_task(make_cfg(*given, "eval.num_prompts=12")).heldout
+    in_order = [problem for problem in unlimited if len(problem.question) == 4]
+    assert in_order[:8] == task.heldout[: len(in_order)]
+    [note] = tasks.load_task(make_cfg(*given), short(5)).notes
+    assert re.match(r"note: \d+ prompts were left out, .*than 5 tokens \(.*max_tokens\): '\d+\? and more' \(14\)", note)
+    assert tasks.load_task(make_cfg(*given), short(14)).notes == ()
+    with pytest.raises(
+        UserError, match=r"8\) is more than the 0 held-out .* short enough: raise .*max_model_len, or l"
+    ):
+        tasks.load_task(make_cfg(*given), short(4))
+
+
+def test_where_all_prompts_to_train_on_are_too_long_that_is_told(make_cfg, saved):
+    path = saved(train=mixed_rows(100)[2::3], test=gsm8k_rows(3, ""))
+    cfg = make_cfg("env.dataset=gsm8k", f"env.dataset_path={path}", "env.system_prompt=", "eval.num_prompts=2")
+    with pytest.raises(UserError, match=r"left for training.*max_tokens\. \(Before, 8 prompts were left out"):
+        tasks.load_task(cfg, short(10))
+
+
+# Where nothing is trained
+
+
+@pytest.fixture
+def alone(make_cfg):
+    """A function that loads what an evaluation alone asks of rows like GSM8K's."""
+    cfg = make_cfg("env.dataset=gsm8k", "eval.only=true", "env.eval_split=train")  # which a training may not have
+
+    def load(path, num_prompts, eval_split=None):
+        cfg.env.dataset_path, cfg.env.eval_split, cfg.eval.num_prompts = str(path), eval_split, num_prompts
+        return tasks.load_task(cfg)
+
+    return load
+
+
+def test_an_evaluation_alone_needs_no_split_to_train_on(alone, saved):
+    rows = gsm8k_rows(9)
+    for name in ("test", "dev", "train"):
+        task = alone(saved(**{name: rows}), 9)
+        assert (task.train, sorted(questions(task.heldout))) == ([], sorted(row["question"] for row in rows))
+    path = saved(train=rows, test=gsm8k_rows(2, "pears"), dev=gsm8k_rows(3, "plums"))
+    for split, word in (("dev", "plums"), ("train", "apples"), (None, "pears")):
+        assert [word in problem.question for problem in alone(path, 2, split).heldout] == [True, True]
+    with pytest.raises(UserError, match=r"\(10\) is more than the 9 held-out problems"):
+        alone(path, 10, "train")
+    with pytest.raises(UserError, match=r"the splits a, b and no 'train'"):
+        alone(saved(a=rows, b=rows), 1)
+
+
+def test_an_evaluation_alone_asks_what_a_run_on_the_same_file_holds_out(alone, load, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", gsm8k_rows(20))
+    assert alone(path, 5).heldout == load("gsm8k", path, 5).heldout

@@ -80,6 +80,7 @@ def test_function_from_a_package():
 def test_a_function_may_give_components(reward_file):
     rewards = load_reward_fn(f"{reward_file}:in_parts")(PROBLEMS, ["a", "bcd"])
     assert [total(reward) for reward in rewards] == [0.5, 1.5]
+    assert total({"a": (1, 0.7), "b": (1, 0.2), "c": (1, 0.1)}) == 1.0  # in binary a little less
     assert components_of(rewards[1]) == {"length": 3.0, "brevity": -3.0}
 
 
