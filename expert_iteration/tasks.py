@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from expert_iteration.config import Config, Selection, collects
 from expert_iteration.errors import UserError
 from expert_iteration.heldout import (
@@ -171,9 +173,11 @@ def _to_train_on(train: list[Problem], cfg: Config, fits: Fits, where: str) -> l
     order = list(range(len(train)))
     if cfg.env.max_prompts is not None and cfg.env.shuffle:
         random.Random(derive_seed(cfg.seed, "max_prompts")).shuffle(order)
-    chosen = islice((index for index in order if fits(train[index])), cfg.env.max_prompts)
-    if short := [train[index] for index in sorted(chosen)]:
-        return short
+    # Half a million prompts take minutes to tokenize.
+    with tqdm(order, desc=f"measuring the prompts of {where}", unit=" prompts", delay=3.0, leave=False) as measured:
+        chosen = sorted(islice((index for index in measured if fits(train[index])), cfg.env.max_prompts))
+    if chosen:
+        return [train[index] for index in chosen]
     raise UserError(
         f"No prompt of {where} is left for training, as all are too long: raise inference_model.max_model_len, or "
         "lower inference_model.max_tokens."
