@@ -49,6 +49,10 @@ test: $(VENV)/.installed-tests  ## run the default and the vllm tests, with cove
 test-fast: $(VENV)/.installed-tests  ## run the default tests only
 	$(PYTEST) -m "not gpu and not slow and not vllm"
 
+.PHONY: test-slow
+test-slow: $(VENV)/.installed-tests  ## run the whole runs and learning tests that `make test` leaves out (about an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu"
+
 .PHONY: lint
 lint: $(VENV)/.installed-tests  ## check style, format and types
 	$(BIN)/ruff check .

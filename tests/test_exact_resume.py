@@ -144,6 +144,7 @@ def run_until_killed(cfg, folder, run_dir, script_path):
     run_algorithm(script, cfg, make_engine(cfg, folder), run_dir, checkpoint)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ten_times_ends_as_one_that_is_not(
     start, make_cfg, load_script, warm_tiny_model, tmp_path, monkeypatch
 ):

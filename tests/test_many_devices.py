@@ -70,6 +70,7 @@ def test_the_published_command_line_runs_on_a_cpu(tmp_path, warm_tiny_model, mod
     check(run)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_adapters_travel_alone_to_vllm(tmp_path, warm_tiny_model):
     run = Run(

@@ -84,6 +84,7 @@ def test_an_engine_that_fits_on_no_host_is_refused(two_hosts):
     )
 
 
+@pytest.mark.slow
 def test_a_run_over_both_hosts_completes(two_hosts, tmp_path, warm_tiny_model):
     run = Run(
         tmp_path / "run",
