@@ -10,13 +10,12 @@ The libraries of the checkers are imported when the first response is judged, or
 """
 
 import functools
-import importlib.util
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from expert_iteration.errors import UserError
 from expert_iteration.ifeval_instructions import Instruction, read_instructions
+from expert_iteration.installation import require
 
 if TYPE_CHECKING:
     from expert_iteration.problems import Problem
@@ -85,11 +84,7 @@ def ifeval_figures(problems: Sequence["Problem"], responses: Sequence[str]) -> d
 
 def check_requirements() -> None:
     """Refuse early, and without importing them, when a library of the checkers is missing."""
-    missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"env.dataset=ifeval needs {', '.join(missing)} to score responses: pip install -r requirements_ifeval.txt."
-        )
+    require(REQUIREMENTS, "env.dataset=ifeval", "requirements_ifeval.txt")
 
 
 def prepare() -> None:

@@ -1,7 +1,9 @@
-"""Whether what is installed fits together, asked of the packages' metadata only."""
+"""Whether what is installed is enough and fits together, without importing it."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from importlib import metadata
 
 from expert_iteration.errors import UserError
@@ -25,6 +27,22 @@ def check_installation() -> None:
             f"{', '.join(mismatched)} was built for another torch than the installed {metadata.version('torch')}, and "
             f"model imports fail with it. Nothing here needs it: pip uninstall --yes {' '.join(mismatched)}"
         )
+
+
+def require(packages: Iterable[str], purpose: str, requirements: str) -> None:
+    """Refuse early where a package is missing.
+
+    Args:
+        packages: by the names under which they are imported.
+        purpose: what needs them, for the message: "... needs <packages>".
+        requirements: the file that lists them.
+
+    Raises:
+        UserError: names those that are missing, and the command that installs them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{purpose} needs {', '.join(missing)}: pip install -r {requirements}.")
 
 
 def _is_installed(name: str) -> bool:

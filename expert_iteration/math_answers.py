@@ -7,14 +7,13 @@ is `reward.timeout` in the processes of `reward.workers`.
 """
 
 import functools
-import importlib.util
 import logging
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from expert_iteration.answers import boxed, find_answer
-from expert_iteration.errors import UserError
+from expert_iteration.installation import require
 
 if TYPE_CHECKING:
     from expert_iteration.tasks import Problem
@@ -44,11 +43,7 @@ def math_corrects(problems: Sequence["Problem"], responses: Sequence[str]) -> li
 
 def check_requirements() -> None:
     """Refuse early, and without importing it, when the verifier is missing."""
-    missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"The reward of math needs {', '.join(missing)} to verify answers: pip install -r requirements_gsm8k.txt."
-        )
+    require(REQUIREMENTS, "The reward of math", "requirements_gsm8k.txt")
 
 
 def prepare() -> None:
