@@ -176,7 +176,7 @@ ROW = re.compile(r"\| `(\w+)`(?:, `min_reward=(\d)`)? \| [^|]+ \| ([^|]+) \| ([^
 
 
 def test_the_readme_works_the_binary_reward_through_as_it_is():
-    table = README.read_text().partition("### Selection\n")[2].partition("\n### ")[0]
+    table = README.read_text().partition("| `train.selection` |")[2].partition("\n\n")[0]
     rows = ROW.findall(table)
     assert {rule for rule, *_ in rows} == {str(rule) for rule in Selection}
     for rule, least, *expected in rows:
