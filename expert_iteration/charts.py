@@ -99,6 +99,7 @@ CHARTS = (
     Chart("Throughput", "tokens per second", SPEEDS, OVER_STEPS, (0.0, None)),
     Chart("KL coefficient", "weight in the loss", KL_COEFFICIENT, OVER_STEPS, if_constant=False, is_smoothed=False),
 )
+CHART_METRICS = frozenset(name for chart in CHARTS for name in (*chart.curves, *chart.errors.values()))
 REWARD_PART = "collector/reward/"
 MAX_PARTS = 6
 
@@ -113,11 +114,6 @@ def charts_of(metric_names: Iterable[str]) -> list[Chart]:
     of_parts = [Chart(f"Reward: {label}", "mean part", {name: label}, OVER_BATCHES) for name, label in names.items()]
     place = 1 + next(number for number, chart in enumerate(CHARTS) if "collector/rewards/mean" in chart.curves)
     return [*CHARTS[:place], *of_parts, *CHARTS[place:]]
-
-
-def metrics_of(charts: Iterable[Chart]) -> set[str]:
-    """The names of what they draw."""
-    return {name for chart in charts for name in (*chart.curves, *chart.errors.values())}
 
 
 class Curve(NamedTuple):

@@ -25,7 +25,7 @@ from expert_iteration.policy import EnginePolicy
 from expert_iteration.prompt_stream import PromptStream
 from expert_iteration.random_state import random_state, set_random_state
 from expert_iteration.reference import RetrieveLogProb
-from expert_iteration.row_keys import RESPONSE_ID_KEY, ROLLOUT_KEYS
+from expert_iteration.row_keys import RESPONSE_ID_KEY, ROLLOUT_KEYS, rows_by_group
 from expert_iteration.selection import TopKRewardSelector
 
 
@@ -201,11 +201,8 @@ class ExpertCollector:
         self._selector.set_extra_state(state["selector"])
 
     def _finish_groups(self, batch: TensorDictBase) -> None:
-        right: dict[int, list[bool]] = {}
-        for row in batch.unbind(0):
-            right.setdefault(int(row["group_id"]), []).append(row["next", "correct"].item())
-        for group_id, group in right.items():
-            self._prompts.finish(group_id, sum(group), len(group))
+        for group_id, group in rows_by_group(batch).items():
+            self._prompts.finish(group_id, sum(row["next", "correct"].item() for row in group), len(group))
 
     def _describe(self, batch: TensorDictBase, selected: TensorDictBase | None) -> list[Record]:
         """What the expert set says of the kept rows; nothing where there is no set."""
@@ -231,9 +228,6 @@ def _sample_groups(batch: TensorDictBase, selected: TensorDictBase | None, num_g
     """The first groups of a batch, with all their responses, for people to read."""
     # By identity: two responses of a group may have the same text, and one of them be kept.
     kept = set() if selected is None else {id(row) for row in selected.unbind(0)}
-    groups: dict[int, list[TensorDictBase]] = {}
-    for row in batch.unbind(0):
-        groups.setdefault(int(row["group_id"]), []).append(row)
     return [
         {
             "prompt": members[0]["query"],
@@ -242,5 +236,5 @@ def _sample_groups(batch: TensorDictBase, selected: TensorDictBase | None, num_g
                 for row in members
             ],
         }
-        for members in list(groups.values())[:num_groups]
+        for members in list(rows_by_group(batch).values())[:num_groups]
     ]

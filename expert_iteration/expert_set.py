@@ -16,6 +16,7 @@ import pyarrow.parquet
 
 from expert_iteration.checkpoint_files import replacing
 from expert_iteration.errors import UserError
+from expert_iteration.row_keys import rows_by_group
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -72,12 +73,9 @@ class ExpertSetWriter:
             kept: those that selection chose, the same objects.
         """
         wanted = {int(row["group_id"]) for row in kept.unbind(0)}
-        groups: dict[int, list[TensorDictBase]] = {}
-        for row in batch.unbind(0):
-            if (number := int(row["group_id"])) in wanted:
-                groups.setdefault(number, []).append(row)
+        groups = [rows for number, rows in rows_by_group(batch).items() if number in wanted]
         # By identity: two responses of a group may have the same text.
-        known = {id(row): facts for rows in groups.values() for row, facts in self._judge(rows)}
+        known = {id(row): facts for rows in groups for row, facts in self._judge(rows)}
         return [known[id(row)] | self._content(row) for row in kept.unbind(0)]
 
     def write(self, records: list[Record], batch: int) -> None:

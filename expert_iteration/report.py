@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expert_iteration.charts import charts_of, draw_all, metrics_of
+from expert_iteration.charts import CHART_METRICS, REWARD_PART, charts_of, draw_all
 from expert_iteration.errors import UserError
 from expert_iteration.report_facts import (
     describe_selection,
@@ -67,9 +67,8 @@ def write_report(run_dir: Path) -> Path:
     summary, config_text = read_summary(run_dir), _read_text(settings_folder(run_dir) / Path(CONFIG_FILE).name)
     config, metrics = read_config(config_text or "{}"), run_dir / METRICS_FILE
     evaluations = read_evaluations(summary) or evaluations_so_far(read_jsonl(metrics))
-    charts = charts_of({name for line in read_jsonl(metrics) for name in line})
-    series = collect_series(read_jsonl(metrics), metrics_of(charts) | WARNING_METRICS)
-    figures = draw_all(charts, series)
+    series = collect_series(read_jsonl(metrics), CHART_METRICS | WARNING_METRICS, prefix=REWARD_PART)
+    figures = draw_all(charts_of(series), series)
     groups = read_groups(read_jsonl(run_dir / SAMPLES_FILE))
     columns, rows = score_table(evaluations)
     inputs = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, CONFIG_FILE)

@@ -10,18 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from expert_iteration.run_directory import BATCH_METRIC
+from expert_iteration.selection_stats import PASS_RATE_BINS
 
 # Derived, a number for each batch: the growth of one counter over that of another, both since the start of the run.
 ACCEPTED, GROUPS_KEPT, GROUPS_EQUAL = "accepted", "groups_kept", "groups_all_equal"
 # Groups by the share of their responses that are right: what each bin is called, by the end of its metric's name.
-PASS_RATES = {
-    "000": "none right",
-    "001_025": "up to 25 %",
-    "026_050": "25 to 50 %",
-    "051_075": "50 to 75 %",
-    "076_099": "75 to < 100 %",
-    "100": "all right",
-}
+PASS_RATE_LABELS = ("none right", "up to 25 %", "25 to 50 %", "50 to 75 %", "75 to < 100 %", "all right")
+PASS_RATES = dict(zip(PASS_RATE_BINS, PASS_RATE_LABELS, strict=True))
 GROWTHS = {
     **{f"pass_rate/{name}": (f"selection/groups_by_pass_rate/{name}", "selection/groups_seen") for name in PASS_RATES},
     ACCEPTED: ("selection/responses_kept", "selection/responses_seen"),
@@ -48,12 +43,15 @@ class Point(NamedTuple):
 Series = Mapping[str, Sequence[Point]]
 
 
-def collect_series(lines: Iterable[Mapping[str, Any]], names: Collection[str]) -> dict[str, list[Point]]:
+def collect_series(
+    lines: Iterable[Mapping[str, Any]], names: Collection[str], prefix: str | None = None
+) -> dict[str, list[Point]]:
     """The numbers of these names, in the order of the lines of metrics.jsonl; nulls are left out.
 
     Args:
         lines: of metrics.jsonl.
         names: of metrics, and of `DERIVED`.
+        prefix: of names of further metrics.
 
     Returns:
         The points by name, without names that have none.
@@ -63,7 +61,8 @@ def collect_series(lines: Iterable[Mapping[str, Any]], names: Collection[str]) -
     by_batch: dict[str, dict[float, Point]] = {}  # of lines that belong to a batch
     for line in lines:
         batch = line.get(BATCH_METRIC)
-        for name in sources & line.keys():
+        further = () if prefix is None else (name for name in line if name.startswith(prefix))
+        for name in (sources & line.keys()).union(further):
             if line[name] is not None:
                 point = Point(line["step"], line[name])
                 found.setdefault(name, []).append(point)
@@ -75,7 +74,11 @@ def collect_series(lines: Iterable[Mapping[str, Any]], names: Collection[str]) -
     for name in set(names) & QUOTIENTS.keys():
         above, below = QUOTIENTS[name]
         found[name] = _quotient(by_batch.get(above, {}), by_batch.get(below, {}))
-    return {name: points for name, points in found.items() if name in names and points}
+    return {
+        name: points
+        for name, points in found.items()
+        if points and (name in names or (prefix is not None and name.startswith(prefix)))
+    }
 
 
 def running_mean(values: Sequence[float]) -> tuple[list[float], int]:

@@ -303,11 +303,11 @@ def _absolute_path(override: str, cwd: Path) -> str:
     changed = absolute(parsed.key_or_group, value, cwd)
     if changed == value:
         return override
-    written = f"[{','.join(map(_quoted, changed))}]" if isinstance(changed, list) else _quoted(changed)
+    written = f"[{','.join(map(quoted, changed))}]" if isinstance(changed, list) else quoted(changed)
     return f"{parsed.get_key_element()}={written}"
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """As Hydra's grammar wants it, in which spaces and commas, for instance, mean something."""
     if re.fullmatch(r"[\w./:-]+", text):
         return text

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 
 from expert_iteration.errors import UserError
-from expert_iteration.resume import earlier_command, run_directory_of
+from expert_iteration.resume import earlier_command, quoted, run_directory_of
 from expert_iteration.run_directory import CONFIG_FILE
 
 RUN_DIR = "hydra.run.dir"
@@ -51,7 +51,7 @@ def continue_command(
     run_dir = run_directory_of(_absolute(source))
     added = _beside_the_first(run_dir)
     if RUN_DIR not in given:
-        added.append(f"{RUN_DIR}={_quote(str(run_dir))}")
+        added.append(f"{RUN_DIR}={quoted(str(run_dir))}")
     if config_name is not None:
         return [], added
     flags, earlier = earlier_command(run_dir)
@@ -90,7 +90,3 @@ def _absolute(path: str) -> Path:
 
 def _key(override: str) -> str:
     return OverridesParser.create().parse_override(override).get_key_element()
-
-
-def _quote(text: str) -> str:
-    return "'" + text.replace("'", "\\'") + "'"

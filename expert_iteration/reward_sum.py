@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from expert_iteration.errors import UserError
 from expert_iteration.reward_registry import REWARDS, load_built_in
-from expert_iteration.rewards import Reward, RewardFn
+from expert_iteration.rewards import Reward, RewardFn, weighted
 from expert_iteration.scoring import FailedReward, ask_all
 from expert_iteration.user_functions import load_reward_fn
 
@@ -84,12 +84,8 @@ def _components(name: str, reward: Reward, weight: float) -> dict[str, tuple[flo
         return reward
     if not isinstance(reward, Mapping):
         return {name: (float(reward), weight)}
-    return {f"{name}/{part}": _times(value, weight) for part, value in reward.items()}
-
-
-def _times(value: float | tuple[float, float], weight: float) -> tuple[float, float]:
-    number, own_weight = value if isinstance(value, tuple) else (value, 1.0)
-    return float(number), own_weight * weight
+    parts = {part: weighted(value) for part, value in reward.items()}
+    return {f"{name}/{part}": (number, own_weight * weight) for part, (number, own_weight) in parts.items()}
 
 
 def _merged(row: Sequence[dict[str, tuple[float, float]] | FailedReward]) -> Reward:

@@ -35,17 +35,18 @@ def total(reward: Reward) -> float:
     """
     if not isinstance(reward, Mapping):
         return float(reward)
-    return round(float(sum(value * weight for value, weight in map(_weighted, reward.values()))), 9)
+    return round(float(sum(value * weight for value, weight in map(weighted, reward.values()))), 9)
 
 
 def components_of(reward: Reward) -> dict[str, float]:
     """Each component before weighting, by name; {} of a plain number."""
     if not isinstance(reward, Mapping):
         return {}
-    return {name: _weighted(part)[0] for name, part in reward.items()}
+    return {name: weighted(part)[0] for name, part in reward.items()}
 
 
-def _weighted(part: float | tuple[float, float]) -> tuple[float, float]:
+def weighted(part: float | tuple[float, float]) -> tuple[float, float]:
+    """A component as number and weight."""
     value, weight = part if isinstance(part, tuple) else (part, 1.0)
     return float(value), float(weight)
 

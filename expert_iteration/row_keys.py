@@ -1,4 +1,11 @@
-"""What a row of the buffer consists of: one response to one prompt, by TensorDict keys."""
+"""What a row of the buffer consists of: one response to one prompt, by TensorDict keys; and which rows are a group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 TOKENS_KEY = ("tokens", "full")  # int64 [T], prompt and response
 RESPONSE_MASK_KEY = ("masks", "all_assistant_mask")  # bool [T], True on response tokens
@@ -33,3 +40,11 @@ TRAINED_KEYS = (
     "policy_version",
     RESPONSE_ID_KEY,
 )
+
+
+def rows_by_group(rows: TensorDictBase) -> dict[int, list[TensorDictBase]]:
+    """The rows of each `group_id`, in the order in which the groups and their rows come."""
+    groups: dict[int, list[TensorDictBase]] = {}
+    for row in rows.unbind(0):
+        groups.setdefault(int(row["group_id"]), []).append(row)
+    return groups

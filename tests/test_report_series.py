@@ -86,3 +86,9 @@ def test_windows_grow_with_the_run():
 
 def test_neighbours_are_thinned_to_their_means():
     assert thin([1.0, 3.0, 5.0, 7.0, 9.0], size=2) == [2.0, 6.0, 9.0]
+
+
+def test_metrics_of_a_prefix_are_found_in_the_same_reading():
+    lines = [{"step": 1, "part/a": 0.5, "loss": 2.0, "other": 1.0}, {"step": 2, "part/b": None, "part/a": 0.25}]
+    series = collect_series(lines, {"loss"}, prefix="part/")
+    assert series == {"part/a": [Point(1, 0.5), Point(2, 0.25)], "loss": [Point(1, 2.0)]}
